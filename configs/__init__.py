@@ -1,0 +1,1 @@
+"""The default configuration: each YAML file here may be overlaid by a site's own."""

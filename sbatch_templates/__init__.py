@@ -1,0 +1,1 @@
+"""The batch scripts, as jinja2 templates."""

@@ -1,0 +1,158 @@
+"""Finding and listing what the catalog holds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from peewee import ModelSelect
+
+from tfslurm.catalog.models import (
+    Artifact,
+    BaseModel,
+    Checkpoint,
+    Dataset,
+    Endpoint,
+    EndpointStatus,
+    Event,
+    Job,
+    JobStatus,
+    Submission,
+    SubmissionState,
+    Table,
+)
+from tfslurm.errors import NotFoundError, StatusError
+
+DELETED = "deleted"
+
+
+@dataclass(frozen=True)
+class Page:
+    """Which rows of a listing: the newest first."""
+
+    status: str | None = None
+    owner: str | None = None
+    name: str | None = None
+    """A glob: `*`, `?` and `[…]`."""
+    limit: int | None = None
+    after: str | None = None
+    """The id of the last row already seen."""
+
+
+def datasets() -> ModelSelect:
+    """Every dataset with its registry row, in one query."""
+    return Dataset.select(Dataset, Artifact).join(Artifact)
+
+
+def checkpoints() -> ModelSelect:
+    """Every checkpoint with its registry row and its job's name, in one query."""
+    return Checkpoint.select(Checkpoint, Artifact, Job).join(Artifact).switch(Checkpoint).join(Job)
+
+
+def jobs() -> ModelSelect:
+    """Every job with its dataset's registry row, in one query."""
+    return Job.select(Job, Dataset, Artifact).join(Dataset).join(Artifact)
+
+
+def endpoints() -> ModelSelect:
+    """Every endpoint with its checkpoint's registry row, in one query."""
+    return Endpoint.select(Endpoint, Checkpoint, Artifact).join(Checkpoint).join(Artifact)
+
+
+def paged(rows: ModelSelect, table: type[Table], page: Page) -> ModelSelect:
+    """`rows` filtered on the columns of `table`; deleted ones only where they are asked for."""
+    if page.status:
+        rows = rows.where(table.status == page.status)
+    else:
+        rows = rows.where(table.status != DELETED)
+    if page.owner:
+        rows = rows.where(table.owner == page.owner)
+    if page.name:
+        rows = rows.where(table.name % page.name)  # GLOB, on SQLite
+    if page.after:
+        rows = rows.where(table.id < page.after)
+    return rows.order_by(table.id.desc()).limit(page.limit)
+
+
+def find_dataset(ref: str, *, deleted: bool = False) -> Dataset:
+    """The dataset with this id or name. Raises NotFoundError."""
+    return _find(datasets(), Artifact, "dataset", ref, deleted)
+
+
+def find_checkpoint(ref: str, *, deleted: bool = False) -> Checkpoint:
+    """The checkpoint with this id or name. Raises NotFoundError."""
+    return _find(checkpoints(), Artifact, "checkpoint", ref, deleted)
+
+
+def find_job(ref: str) -> Job:
+    """The job with this id or name. Raises NotFoundError."""
+    return _find(jobs(), Job, "job", ref, True)
+
+
+def find_endpoint(ref: str, *, deleted: bool = False) -> Endpoint:
+    """The endpoint with this id or name. Raises NotFoundError."""
+    return _find(endpoints(), Endpoint, "endpoint", ref, deleted)
+
+
+def find_model(name: str) -> BaseModel:
+    """The base model of this name. Raises NotFoundError."""
+    model = BaseModel.get_or_none(BaseModel.name == name)
+    if model is None:
+        known = ", ".join(m.name for m in BaseModel.select(BaseModel.name).order_by(BaseModel.name))
+        hint = f"There are: {known}." if known else "None is registered: see `tfslurm model add --help`."
+        raise NotFoundError(f"no base model '{name}'", hint=hint)
+    return model
+
+
+def _find(rows: ModelSelect, table: type[Table], kind: str, ref: str, deleted: bool) -> Table:
+    rows = rows.where((table.id == ref) | (table.name == ref))
+    if not deleted:
+        rows = rows.where(table.status != DELETED)
+    # Of several deleted ones of the same name the newest is meant; an id is never a name.
+    found = rows.order_by((table.status == DELETED), table.id.desc()).first()
+    if found is None:
+        raise NotFoundError(f"no {kind} '{ref}'", hint=f"See `tfslurm {kind} list`.")
+    return found
+
+
+def check_name_free(table: type[Table], kind: str, name: str) -> None:
+    """Raises StatusError where an object of this kind has the name; run it inside the writing transaction."""
+    taken = table.select().where(table.name == name)
+    if table is Artifact:
+        taken = taken.where(Artifact.kind == kind)
+    if table is not Job:
+        taken = taken.where(table.status != DELETED)
+    row = taken.first()
+    if row:
+        raise StatusError(
+            f"the name '{name}' is taken by {kind} {row.id}", hint="Choose another one; names are unique."
+        )
+
+
+def consumers_of_dataset(dataset_id: str) -> list[Job]:
+    """The jobs that may still read the dataset."""
+    alive = [status for status in JobStatus if not status.ended]
+    return list(Job.select().where(Job.dataset == dataset_id, Job.status.in_(alive)).order_by(Job.id))
+
+
+def consumers_of_checkpoint(checkpoint_id: str) -> list[Endpoint]:
+    """The endpoints that serve the checkpoint, or will again."""
+    alive = [status for status in EndpointStatus if not status.ended]
+    return list(Endpoint.select().where(Endpoint.checkpoint == checkpoint_id, Endpoint.status.in_(alive)))
+
+
+def submissions_alive() -> list[Submission]:
+    """What was handed over and is not known to have ended, the oldest first."""
+    alive = Submission.select().where(Submission.state != SubmissionState.ENDED)
+    return list(alive.order_by(Submission.created_at))
+
+
+def submissions_of(object_ids: Iterable[str]) -> dict[str, Submission]:
+    """The newest submission of each object."""
+    rows = Submission.select().where(Submission.object_id.in_(list(object_ids))).order_by(Submission.created_at)
+    return {row.object_id: row for row in rows}
+
+
+def events_of(object_id: str) -> list[Event]:
+    """The recorded changes of an object, the oldest first."""
+    return list(Event.select().where(Event.object_id == object_id).order_by(Event.id))

@@ -1,0 +1,1 @@
+"""The command line: parse, call, print. One file a noun, loaded when it is asked for."""

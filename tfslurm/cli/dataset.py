@@ -1,0 +1,260 @@
+"""tfslurm dataset: the training data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from tfslurm.cli.context import Context, pass_context
+from tfslurm.cli.options import confirm, listing_options, reference, yes_option
+from tfslurm.cli.output import output_options, print_one, print_rows, progress_bar
+
+FORMATS = click.Choice(["conversational", "instruction", "text", "pretokenized"])
+
+format_option = click.option("--format", type=FORMATS, required=True, help="What the rows are.")
+
+map_option = click.option(
+    "--map",
+    "maps",
+    multiple=True,
+    metavar="CANONICAL=FIELD",
+    help="The rows call this canonical field otherwise; may be repeated. The bytes are not changed.",
+)
+
+
+def parse_map(maps: tuple[str, ...]) -> dict[str, str]:
+    """`prompt=question` as {"prompt": "question"}."""
+    for pair in maps:
+        if not all(pair.partition("=")[::2]):
+            raise click.BadParameter(f"'{pair}' is not CANONICAL=FIELD", param_hint="--map")
+    return dict(pair.split("=", 1) for pair in maps)
+
+
+@click.group()
+def dataset() -> None:
+    """Training data: registered, sealed, and never changed again."""
+
+
+@dataset.command()
+@click.argument("name")
+@format_option
+@map_option
+@output_options
+@pass_context
+def create(context: Context, name: str, format: str, maps: tuple[str, ...], output: str) -> None:
+    """Register a dataset and reserve a place to write its files into.
+
+    \b
+    Examples:
+      tfslurm dataset create helpdesk --format conversational
+      cp *.jsonl "$(tfslurm dataset path helpdesk)" && tfslurm dataset seal helpdesk
+      tfslurm dataset create gsm8k --format instruction --map prompt=question --map response=answer
+    """
+    field_map = parse_map(maps)
+    settings = context.open()
+    from tfslurm.catalog.views import dataset_view
+    from tfslurm.datasets.registry import create as register
+
+    print_one(dataset_view(register(settings, name, format, field_map), settings.root), output)
+
+
+@dataset.command()
+@reference("dataset")
+@pass_context
+def path(context: Context, ref: str) -> None:
+    """Print where the dataset's files lie: writable while it is assembling, read-only once it is ready."""
+    context.open()
+    from tfslurm.catalog.queries import find_dataset
+
+    click.echo(find_dataset(ref).artifact.location)
+
+
+@dataset.command()
+@reference("dataset")
+@output_options
+@pass_context
+def seal(context: Context, ref: str, output: str) -> None:
+    """Validate what was written, publish a read-only copy, and mark it ready.
+
+    Where rows are wrong it stays assembling, with the report: mend them in place and seal again.
+    """
+    settings = context.open()
+    from tfslurm.catalog.queries import find_dataset
+    from tfslurm.catalog.views import dataset_view
+    from tfslurm.datasets.sealing import seal as publish
+
+    with progress_bar("Sealing") as update:
+        sealed = publish(settings, find_dataset(ref), update)
+    print_one(dataset_view(sealed, settings.root), output)
+
+
+@dataset.command("import")
+@click.argument("name")
+@click.argument("source")
+@format_option
+@map_option
+@click.option("--instance", help="Where to run the copy.")
+@click.option("--wait", is_flag=True, help="Come back when it is ready, or has failed.")
+@output_options
+@pass_context
+def import_(
+    context: Context, name: str, source: str, format: str, maps: tuple[str, ...], instance: str | None, wait: bool,
+    output: str,
+) -> None:
+    """Copy a file, a folder or a glob in the background, validate it and seal it.
+
+    \b
+    Examples:
+      tfslurm dataset import chats /shared/chats/2026 --format conversational --wait
+      tfslurm dataset import gsm8k train.jsonl --format instruction --map prompt=question --map response=answer
+    """
+    field_map = parse_map(maps)
+    settings = context.open()
+    from tfslurm.catalog.queries import find_dataset
+    from tfslurm.catalog.views import dataset_view
+    from tfslurm.datasets.importing import start
+
+    row = start(settings, name, format, field_map, source, instance)
+
+    def look() -> dict[str, Any]:
+        return dataset_view(find_dataset(row.artifact_id, deleted=True), settings.root)
+
+    if wait:
+        from tfslurm.cli.waiting import wait_for
+
+        wait_for(settings, look, good={"ready"}, bad={"error", "deleted"}, line=_import_line)
+    print_one(look(), output)
+
+
+def _import_line(view: dict[str, Any]) -> str:
+    done = view["progress"]
+    share = f" {done['bytes_done'] / max(1, done['bytes_total']):.0%}" if done else ""
+    return f"importing '{view['name']}': {view['status']}{share}"
+
+
+@dataset.command()
+@click.argument("files", nargs=-1, required=True, type=click.Path(exists=True, path_type=Path))
+@format_option
+@map_option
+@output_options
+def validate(files: tuple[Path, ...], format: str, maps: tuple[str, ...], output: str) -> None:
+    """Check files, and register nothing.
+
+    \b
+    The exit code is 5 where something is wrong. Example:
+      tfslurm dataset validate chats.jsonl --format conversational
+    """
+    from tfslurm.datasets.validation import validate as check
+
+    report = check(list(files), format=format, field_map=parse_map(maps))
+    if output == "table":
+        click.echo(report.describe())
+    else:
+        print_one(report.to_dict(), output)
+    if not report.ok:
+        raise SystemExit(5)
+
+
+@dataset.command("list")
+@click.option("--format", type=FORMATS, help="Only those of this format.")
+@listing_options(["assembling", "ready", "error", "deleted"])
+@output_options
+@pass_context
+def list_(context: Context, format: str | None, output: str, **page: Any) -> None:
+    """List datasets, the newest first."""
+    settings = context.refreshed()
+    from tfslurm.catalog.models import Artifact, Dataset
+    from tfslurm.catalog.queries import Page, datasets, paged
+    from tfslurm.catalog.views import dataset_view
+
+    rows = datasets()
+    if format:
+        rows = rows.where(Dataset.format == format)
+    views = (dataset_view(row, settings.root) for row in paged(rows, Artifact, Page(**page)))
+    columns = ("id", "name", "format", "status", "row_count", "size_bytes", "owner", "created_at")
+    print_rows(views, output, columns)
+
+
+@dataset.command()
+@reference("dataset")
+@output_options
+@pass_context
+def show(context: Context, ref: str, output: str) -> None:
+    """Show a dataset, with what validation found."""
+    settings = context.refreshed()
+    from tfslurm.catalog.queries import find_dataset
+    from tfslurm.catalog.views import dataset_view
+
+    print_one(dataset_view(find_dataset(ref, deleted=True), settings.root), output)
+
+
+@dataset.command()
+@reference("dataset")
+@click.option("-n", "--rows", type=click.IntRange(1), default=5, show_default=True)
+@pass_context
+def head(context: Context, ref: str, rows: int) -> None:
+    """Print the first rows, as they are."""
+    from itertools import islice
+
+    context.open()
+    from tfslurm.catalog.queries import find_dataset
+    from tfslurm.datasets.files import data_files, open_lines
+
+    left = rows
+    for file in data_files(Path(find_dataset(ref).artifact.location)):
+        with open_lines(file) as lines:
+            for line in islice(lines, left):
+                click.echo(line.rstrip(b"\r\n").decode(errors="replace"))
+                left -= 1
+        if not left:
+            break
+
+
+@dataset.command()
+@reference("dataset")
+@output_options
+@pass_context
+def events(context: Context, ref: str, output: str) -> None:
+    """List what happened to a dataset, and who did it."""
+    context.refreshed()
+    from tfslurm.catalog.queries import events_of, find_dataset
+    from tfslurm.catalog.views import event_view
+
+    rows = (event_view(event) for event in events_of(find_dataset(ref, deleted=True).artifact_id))
+    print_rows(rows, output, ("at", "actor", "change", "from", "to", "reason"))
+
+
+@dataset.command()
+@reference("dataset")
+@pass_context
+def verify(context: Context, ref: str) -> None:
+    """Read every byte and compare it with the manifest."""
+    context.open()
+    from tfslurm.artifacts.manifest import verify_folder
+    from tfslurm.catalog.queries import find_dataset
+    from tfslurm.errors import StatusError
+
+    registered = find_dataset(ref).artifact
+    if registered.status != "ready":
+        raise StatusError(f"dataset '{registered.name}' is {registered.status}: there is nothing sealed to verify")
+    with progress_bar("Verifying") as update:
+        verify_folder(Path(registered.location), registered.digest, progress=update)
+    click.echo(f"dataset '{registered.name}' is as it was sealed: {registered.digest}")
+
+
+@dataset.command()
+@reference("dataset")
+@yes_option
+@pass_context
+def delete(context: Context, ref: str, yes: bool) -> None:
+    """Hide a dataset; refused while something depends on it. The bytes go later."""
+    context.refreshed()
+    from tfslurm.catalog.queries import find_dataset
+    from tfslurm.datasets.registry import delete as soft_delete
+
+    row = find_dataset(ref)
+    confirm(f"Delete dataset '{row.artifact.name}'?", yes)
+    soft_delete(row)
+    click.echo(f"dataset '{row.artifact.name}' is deleted")

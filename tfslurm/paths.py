@@ -1,0 +1,184 @@
+"""Every path under the storage root."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Root:
+    """The storage root: one folder, on a filesystem that every node mounts."""
+
+    path: Path
+
+    @property
+    def catalog(self) -> Path:
+        """The SQLite catalog, where no other database is configured."""
+        return self.path / "catalog.db"
+
+    @property
+    def log(self) -> Path:
+        """Tracebacks of unexpected errors."""
+        return self.path / "tfslurm.log"
+
+    @property
+    def folders(self) -> tuple[Path, ...]:
+        """What `init` makes."""
+        names = ("assembling", "datasets", "checkpoints", "imports", "jobs", "endpoints", "cache", "models", "trash")
+        return tuple(self.path / name for name in names)
+
+    @property
+    def cache(self) -> Path:
+        """Tokens and compiled kernels: derivable, so it may be emptied at any time."""
+        return self.path / "cache"
+
+    @property
+    def tokens(self) -> Path:
+        return self.cache / "tokens"
+
+    def assembling(self, dataset_id: str) -> Path:
+        """Where a dataset's owner writes until it is sealed."""
+        return self.path / "assembling" / dataset_id
+
+    def dataset(self, dataset_id: str) -> Path:
+        """A dataset's canonical, read-only copy."""
+        return self.path / "datasets" / dataset_id
+
+    def checkpoint(self, checkpoint_id: str) -> Path:
+        return self.path / "checkpoints" / checkpoint_id
+
+    def model(self, name: str) -> Path:
+        """A staged base model."""
+        return self.path / "models" / name
+
+    def job(self, job_id: str) -> JobPaths:
+        return JobPaths(self.path / "jobs" / job_id)
+
+    def endpoint(self, endpoint_id: str) -> EndpointPaths:
+        return EndpointPaths(self.path / "endpoints" / endpoint_id)
+
+    def import_(self, dataset_id: str) -> ImportPaths:
+        return ImportPaths(self.path / "imports" / dataset_id)
+
+
+@dataclass(frozen=True)
+class RunPaths:
+    """The folder of something that runs: what was rendered for it, and what it reports back.
+
+    The batch script writes `started.json` and `exit.json`; the program in it writes
+    `outcome.json`. Each is written atomically, so that `sync` may read it at any moment.
+    """
+
+    folder: Path
+
+    @property
+    def script(self) -> Path:
+        """The rendered batch script."""
+        return self.folder / "script.sh"
+
+    @property
+    def started(self) -> Path:
+        """`{slurm_job_id, attempt, node, address, pid, at}` of the newest attempt."""
+        return self.folder / "started.json"
+
+    @property
+    def exit(self) -> Path:
+        """`{attempt, exit_code, at}`, written by the script's exit trap."""
+        return self.folder / "exit.json"
+
+    @property
+    def outcome(self) -> Path:
+        """What the program inside says of its end."""
+        return self.folder / "outcome.json"
+
+    @property
+    def stop(self) -> Path:
+        """An empty file that asks what runs here to leave at the next safe point."""
+        return self.folder / "stop"
+
+    @property
+    def logs(self) -> Path:
+        return self.folder / "logs"
+
+    def log(self, attempt: int) -> Path:
+        """The batch script's output of one attempt; the first is 0."""
+        return self.logs / f"attempt-{attempt}.log"
+
+
+@dataclass(frozen=True)
+class JobPaths(RunPaths):
+    """A fine-tuning job's folder."""
+
+    @property
+    def config(self) -> Path:
+        """The rendered training configuration, read-only."""
+        return self.folder / "training.json"
+
+    @property
+    def deepspeed(self) -> Path:
+        """The rendered DeepSpeed configuration, read-only."""
+        return self.folder / "deepspeed.json"
+
+    @property
+    def prepared(self) -> Path:
+        """`{tokens, plan, steps, …}`: where the tokens lie and what the plan came to."""
+        return self.folder / "prepared.json"
+
+    @property
+    def plan(self) -> Path:
+        return self.folder / "plan.npz"
+
+    @property
+    def progress(self) -> Path:
+        """`{step, steps, epoch, loss, tokens_per_second, eta_seconds, at}`."""
+        return self.folder / "progress.json"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON object a step."""
+        return self.folder / "metrics.jsonl"
+
+    @property
+    def adapter(self) -> Path:
+        """The trained adapter, until it is published as a checkpoint."""
+        return self.folder / "adapter"
+
+
+@dataclass(frozen=True)
+class EndpointPaths(RunPaths):
+    """An inference endpoint's folder."""
+
+    @property
+    def config(self) -> Path:
+        """The rendered serving configuration, read-only."""
+        return self.folder / "serving.json"
+
+    @property
+    def key(self) -> Path:
+        """The API key, mode 0600."""
+        return self.folder / "key"
+
+    @property
+    def state(self) -> Path:
+        """What the supervisor publishes: status, health, address, port, attempt, time."""
+        return self.folder / "state.json"
+
+    @property
+    def engine_log(self) -> Path:
+        return self.logs / "engine.log"
+
+
+@dataclass(frozen=True)
+class ImportPaths(RunPaths):
+    """The folder of an import that runs in the background."""
+
+    @property
+    def config(self) -> Path:
+        """`{dataset_id, source, format, field_map}`."""
+        return self.folder / "import.json"
+
+    @property
+    def progress(self) -> Path:
+        """`{bytes_done, bytes_total, at}`."""
+        return self.folder / "progress.json"

@@ -1,0 +1,251 @@
+"""The site's typed configuration: what is in force, and from which file."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+
+from tfslurm import configs
+from tfslurm.errors import ConfigurationError, InvalidError, NotFoundError
+from tfslurm.layers import Layers
+from tfslurm.paths import Root
+from tfslurm.training.config import Trainer
+
+Purpose = Literal["training", "serving", "import"]
+
+SEARCH = (Path("~/.config/tfslurm/site.yaml"), Path("/etc/tfslurm/site.yaml"))
+"""Where a site's file is looked for when neither --config nor TFSLURM_CONFIG names one."""
+
+
+class Strict(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A mapping in which an unknown key is an error: a typo must not silently mean the default."""
+
+
+class Environments(Strict):
+    """The Python interpreters of the nodes; null means the one that runs this command."""
+
+    core: str | None = None
+    train: str | None = None
+    serve: str | None = None
+
+
+class SlurmSite(Strict):
+    """How this site's Slurm is spoken to."""
+
+    command_timeout: float = 30.0
+    poll_floor: float = 10.0
+    grace: float = 120.0
+    gpu_request: Literal["gres", "gpus-per-node"] = "gres"
+    account: str | None = None
+    qos: str | None = None
+
+
+class TrainingSite(Strict):
+    """What every fine-tuning job starts from."""
+
+    instance: str = "auto"
+    trainer: Trainer = Trainer()
+
+
+class ServingSite(Strict):
+    """What every inference endpoint starts from."""
+
+    instance: str = "auto"
+    max_context: int = 4096
+    start_timeout: float = 1800.0
+
+
+class ImportSite(Strict):
+    """Where imports run."""
+
+    instance: str = "auto"
+
+
+class Site(Strict):
+    """The content of site.yaml."""
+
+    root: str
+    database: str | None = None
+    environments: Environments = Environments()
+    slurm: SlurmSite = SlurmSite()
+    training: TrainingSite = TrainingSite()
+    serving: ServingSite = ServingSite()
+    imports: ImportSite = ImportSite()
+
+
+class Container(Strict):
+    """An image in which the node's program runs."""
+
+    image: str
+    runtime: Literal["apptainer", "pyxis"] = "apptainer"
+    options: list[str] = []
+
+
+class Prologue(Strict):
+    """What the script does before its program: in this order."""
+
+    modules: list[str] = []
+    conda: str | None = None
+    virtualenv: str | None = None
+    environment: dict[str, str] = {}
+    commands: list[str] = []
+
+
+class Instance(Strict):
+    """A named size of machine: what is asked of Slurm, or of this machine."""
+
+    name: str
+    description: str = ""
+    purposes: tuple[Purpose, ...] = ("training", "serving", "import")
+    launcher: Literal["slurm", "local"] = "slurm"
+    partition: str | None = None
+    nodes: int = 1
+    processes_per_node: int = 1
+    cpus_per_process: int = 1
+    gpus_per_node: int = 0
+    gpu_type: str | None = None
+    gpu_request: Literal["gres", "gpus-per-node"] | None = None
+    memory: str | None = None
+    time: str | int = "1-00:00:00"
+    account: str | None = None
+    qos: str | None = None
+    reservation: str | None = None
+    constraint: str | None = None
+    options: dict[str, str | int | bool] = {}
+    prologue: Prologue = Prologue()
+    container: Container | None = None
+    engine_options: dict[str, str | int | float | bool] = {}
+
+    @property
+    def processes(self) -> int:
+        return self.nodes * self.processes_per_node
+
+
+class Range(Strict):
+    """The default of one hyperparameter and the values that are allowed, both ends included."""
+
+    default: float
+    minimum: float
+    maximum: float
+
+
+class HyperparameterRanges(Strict):
+    """A range for each of the six numbers."""
+
+    learning_rate: Range
+    epochs: Range
+    effective_batch_size: Range
+    max_seq_length: Range
+    lora_rank: Range
+    lora_alpha: Range
+
+
+class ModelSettings(Strict):
+    """What models.yaml says of one base model."""
+
+    hyperparameters: HyperparameterRanges
+    formats: tuple[str, ...] = ("conversational", "instruction", "text", "pretokenized")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All three files; instances and models are read when they are first asked for."""
+
+    site: Site
+    site_layers: Layers
+    config: Path | None
+    """The site's own file, where there is one."""
+
+    @property
+    def root(self) -> Root:
+        return Root(Path(self.site.root))
+
+    @cached_property
+    def instance_layers(self) -> Layers:
+        return self._load("instances.yaml")
+
+    @cached_property
+    def model_layers(self) -> Layers:
+        return self._load("models.yaml")
+
+    @cached_property
+    def instances(self) -> dict[str, Instance]:
+        """Every instance by name, in the order of the file: the smallest first."""
+        layers = self.instance_layers
+        names = layers.data.get("instances") or {}
+        return {name: layers.convert(Instance, "instances", name, name=name) for name in names if names[name]}
+
+    def instance(self, name: str, purpose: Purpose) -> Instance:
+        """The instance that `name` means for `purpose`; `auto` is the first that this machine can use.
+
+        Raises NotFoundError for an unknown name, InvalidError for one that does not serve the purpose.
+        """
+        usable = [i for i in self.instances.values() if purpose in i.purposes]
+        if name == "auto":
+            launcher = "slurm" if shutil.which("sbatch") else "local"
+            usable.sort(key=lambda i: i.launcher != launcher)
+            if not usable:
+                raise ConfigurationError(f"no instance in instances.yaml is for {purpose}")
+            return usable[0]
+        if name not in self.instances:
+            raise NotFoundError(f"no instance '{name}'", hint=f"There are: {', '.join(self.instances)}.")
+        if self.instances[name] not in usable:
+            raise InvalidError(
+                f"instance '{name}' is not for {purpose}", hint=f"These are: {', '.join(i.name for i in usable)}."
+            )
+        return self.instances[name]
+
+    def model(self, name: str) -> ModelSettings:
+        """What models.yaml says of the base model: its own entry over `defaults`."""
+        return self.model_layers.overlaid(("defaults",), ("models", name)).convert(ModelSettings)
+
+    def python(self, environment: Literal["core", "train", "serve"]) -> str:
+        """The interpreter of one of the nodes' environments."""
+        return getattr(self.site.environments, environment) or self.site.environments.core or sys.executable
+
+    def _load(self, name: str) -> Layers:
+        own = [self.config.with_name(name)] if self.config else []
+        return Layers.load(packaged(name), *own)
+
+
+def packaged(name: str) -> Path:
+    """The default file that ships with the package."""
+    return Path(configs.__file__).with_name(name)
+
+
+def load(config: Path | None = None, root: Path | None = None, environ: Mapping[str, str] = os.environ) -> Settings:
+    """The settings in force: `config`, else TFSLURM_CONFIG, else the first of SEARCH, over the defaults.
+
+    Raises ConfigurationError naming file, line and key; also where a named file is missing.
+    """
+    chosen = config or (Path(environ["TFSLURM_CONFIG"]) if environ.get("TFSLURM_CONFIG") else None)
+    if chosen and not chosen.is_file():
+        raise ConfigurationError(f"{chosen}: no such configuration file")
+    own = chosen or next((p.expanduser() for p in SEARCH if p.expanduser().is_file()), None)
+    layers = Layers.load(packaged("site.yaml"), *([own.absolute()] if own else []))
+    override = root or environ.get("TFSLURM_ROOT")
+    site = layers.convert(Site, **({"root": str(override)} if override else {}))
+    path = Path(os.path.expandvars(site.root)).expanduser().absolute()
+    return Settings(msgspec.structs.replace(site, root=str(path)), layers, own.absolute() if own else None)
+
+
+def in_force(settings: Settings) -> list[tuple[str, Any, str]]:
+    """Every setting of site.yaml as (key, value, where it was set), for `doctor`."""
+    rows = []
+    for key, value in _leaves(msgspec.to_builtins(settings.site)):
+        rows.append((".".join(key), value, settings.site_layers.origin(*key)))
+    return rows
+
+
+def _leaves(value: Any, at: tuple[str, ...] = ()) -> list[tuple[tuple[str, ...], Any]]:
+    if isinstance(value, dict) and value:
+        return [leaf for key, below in value.items() for leaf in _leaves(below, (*at, key))]
+    return [(at, value)]

@@ -1,0 +1,66 @@
+"""Submissions: the row first, then the hand-over, so that nothing runs that the catalog doesn't know."""
+
+from __future__ import annotations
+
+import uuid
+from pathlib import Path
+
+from tfslurm.catalog.db import write_transaction
+from tfslurm.catalog.models import Submission, SubmissionState, now
+from tfslurm.paths import Root, RunPaths
+from tfslurm.settings import Instance, Settings
+from tfslurm.slurm.executors import Handed, launcher
+from tfslurm.slurm.templates import Script, Template, render
+
+
+def folder_of(root: Root, submission: Submission) -> RunPaths:
+    """The folder of what the submission runs."""
+    of = {"job": root.job, "endpoint": root.endpoint, "import": root.import_}[submission.kind]
+    return of(submission.object_id)
+
+
+def script_for(
+    settings: Settings, template: Template, instance: Instance, paths: RunPaths, kind: str, object_id: str
+) -> tuple[str, str]:
+    """A fresh submission's uuid, and the script rendered for it.
+
+    Raises ConfigurationError for an instance that cannot be written as a script.
+    """
+    name = str(uuid.uuid4())
+    script = Script.of(settings, template, instance, paths.folder, uuid=name, kind=kind, object_id=object_id)
+    return name, render(script)
+
+
+def record(name: str, instance: Instance, kind: str, object_id: str) -> Submission:
+    """The row of what is about to be handed over; in the transaction that makes its object."""
+    return Submission.create(
+        uuid=name,
+        kind=kind,
+        object_id=object_id,
+        state=SubmissionState.SUBMITTING,
+        launcher=instance.launcher,
+        created_at=now(),
+    )
+
+
+def hand_over(settings: Settings, submission: Submission, script: Path) -> None:
+    """Submit the script and note where it went.
+
+    Raises SlurmRefused where Slurm says no; SlurmUnreachable where it does not answer: then `sync` finds out
+    whether it was taken, and submits it again if not.
+    """
+    note_handed(submission, launcher(submission.launcher, settings).submit(script))
+
+
+def note_handed(submission: Submission, handed: Handed) -> None:
+    """The submission is now known to be with its launcher."""
+    submission.cluster, submission.job_id = handed.cluster, handed.job_id
+    submission.state, submission.submitted_at = SubmissionState.SUBMITTED, now()
+    with write_transaction():
+        submission.save(only=["cluster", "job_id", "state", "submitted_at"])
+
+
+def note_ended(submission: Submission, reason: str | None = None) -> None:
+    """Nothing more is to be expected of the submission; inside the transaction that ends its object."""
+    submission.state, submission.ended_at, submission.reason = SubmissionState.ENDED, now(), reason
+    submission.save(only=["state", "ended_at", "reason"])
