@@ -1,0 +1,1 @@
+"""What datasets and checkpoints share."""

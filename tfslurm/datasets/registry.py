@@ -1,0 +1,82 @@
+"""Datasets in the catalog: created, and deleted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tfslurm.catalog import queries
+from tfslurm.catalog.db import write_transaction
+from tfslurm.catalog.lifecycle import record, transition
+from tfslurm.catalog.models import Artifact, Dataset, DatasetStatus, Submission, SubmissionState, now
+from tfslurm.datasets.formats import as_format, check_field_map
+from tfslurm.errors import StatusError
+from tfslurm.identity import check_name, current_user, new_id
+from tfslurm.settings import Settings
+
+
+def create(settings: Settings, name: str, format: str, field_map: dict[str, str], source: str | None = None) -> Dataset:
+    """Register an assembling dataset and make its writable folder; with a `source`, one that an import fills.
+
+    Raises InvalidError for the name, format or map, StatusError where the name is taken; nothing is changed then.
+    """
+    check_name(name)
+    kind = as_format(name=format)
+    check_field_map(kind, field_map)
+    dataset_id = new_id("dataset")
+    folder = settings.root.dataset(dataset_id) if source else settings.root.assembling(dataset_id)
+    if source is None:
+        folder.mkdir()
+    try:
+        with write_transaction():
+            dataset = _insert(dataset_id, name, kind, field_map, folder, source)
+    except BaseException:
+        if source is None:
+            folder.rmdir()
+        raise
+    return dataset
+
+
+def _insert(
+    dataset_id: str, name: str, format: str, field_map: dict[str, str], folder: Path, source: str | None
+) -> Dataset:
+    queries.check_name_free(Artifact, "dataset", name)
+    registered = Artifact.create(
+        id=dataset_id,
+        kind="dataset",
+        name=name,
+        status=DatasetStatus.ASSEMBLING.value,
+        location=str(folder),
+        producer=f"import from {source}" if source else f"assembled by {current_user()}",
+        owner=current_user(),
+        created_at=now(),
+    )
+    dataset = Dataset.create(artifact=registered, format=format, field_map=field_map, source=source)
+    record(registered, "created", actor=current_user(), after=DatasetStatus.ASSEMBLING)
+    return dataset
+
+
+def delete(dataset: Dataset) -> Dataset:
+    """Soft-delete: hidden from listings at once; the bytes are reclaimed later.
+
+    Raises StatusError naming the consumers while there are any.
+    """
+    with write_transaction():
+        dataset = queries.find_dataset(dataset.artifact_id, deleted=True)
+        if dataset.artifact.status == DatasetStatus.DELETED:
+            return dataset
+        _check_unused(dataset)
+        transition(dataset.artifact, DatasetStatus.DELETED, actor=current_user(), deleted_at=now())
+    return dataset
+
+
+def _check_unused(dataset: Dataset) -> None:
+    name = dataset.artifact.name
+    jobs = queries.consumers_of_dataset(dataset.artifact_id)
+    if jobs:
+        listed = ", ".join(f"job '{job.name}' ({job.status})" for job in jobs)
+        raise StatusError(f"dataset '{name}' is in use: {listed}", hint="Wait for them, or stop them first.")
+    importing = Submission.select().where(
+        Submission.object_id == dataset.artifact_id, Submission.state != SubmissionState.ENDED
+    )
+    if importing.exists():
+        raise StatusError(f"dataset '{name}' is being imported", hint="Wait until it is ready or in error.")
