@@ -19,11 +19,11 @@ from tfslurm.files import read_json
 from tfslurm.serving import following as serving
 from tfslurm.settings import Settings
 from tfslurm.slurm.client import Slurm
-from tfslurm.slurm.executors import Handed
+from tfslurm.slurm.executors import Handed, launcher
 from tfslurm.slurm.local import handle
 from tfslurm.slurm.observe import UNKNOWN, Observation, observe
 from tfslurm.slurm.states import Fate
-from tfslurm.slurm.submissions import folder_of, hand_over, note_handed
+from tfslurm.slurm.submissions import folder_of, note_handed
 from tfslurm.training import following as training
 
 LEASE = 600.0
@@ -100,7 +100,7 @@ def _adopt(
             elif paths.stop.exists():
                 ended[submission.uuid] = Observation(Fate.CANCELLED, "stopped before it was submitted")
             else:
-                hand_over(settings, submission, paths.script)
+                note_handed(submission, launcher(submission.launcher, settings).submit(paths.script))
         except InvalidError as error:
             ended[submission.uuid] = Observation(Fate.FAILED, error.message)
         except UnreachableError as error:

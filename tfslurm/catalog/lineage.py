@@ -44,7 +44,7 @@ def trace(ref: str) -> Chain:
 
 
 def of_endpoint(endpoint: Endpoint) -> Chain:
-    checkpoint = queries.find_checkpoint(endpoint.checkpoint_id, deleted=True)
+    checkpoint = queries.find_checkpoint(endpoint.checkpoint.artifact_id, deleted=True)
     return _chain("endpoint", checkpoint.job_id, (), endpoint=endpoint, checkpoint=checkpoint)
 
 
@@ -72,7 +72,7 @@ def _chain(
     checkpoint: Checkpoint | None = None,
 ) -> Chain:
     job = queries.find_job(job_id)
-    dataset = queries.find_dataset(job.dataset_id, deleted=True)
+    dataset = queries.find_dataset(job.dataset.artifact_id, deleted=True)
     return Chain(start, endpoint, checkpoint, job, dataset, job.base_model, consumers)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from datetime import datetime
 from pathlib import Path
@@ -19,6 +18,7 @@ from tfslurm.catalog.models import (
     Job,
     JobStatus,
     Submission,
+    SubmissionState,
 )
 from tfslurm.errors import InvalidError
 from tfslurm.files import read_json, tail
@@ -93,14 +93,12 @@ def job_view(row: Job, root: Root, submission: Submission | None) -> View:
         "status": row.status,
         "base_model": row.base_model_id,
         "base_model_revision": row.base_model_revision,
-        "dataset": row.dataset_id,
+        "dataset": row.dataset.artifact_id,
         "hyperparameters": config["hyperparameters"],
         "seed": config["seed"],
         "instance": row.instance,
         "location": str(paths.folder),
-        "slurm_job_id": submission.job_id if submission and submission.launcher == "slurm" else None,
-        "slurm_state": submission.slurm_state if submission else None,
-        "slurm_reason": submission.reason if submission else None,
+        **_slurm(submission),
         "attempt": row.attempt,
         "progress": read_json(paths.progress),
         "checkpoint": checkpoint.artifact_id if checkpoint else None,
@@ -110,6 +108,18 @@ def job_view(row: Job, root: Root, submission: Submission | None) -> View:
         "created_at": time(row.created_at),
         "started_at": time(row.started_at),
         "ended_at": time(row.ended_at),
+    }
+
+
+def _slurm(submission: Submission | None) -> View:
+    """Where Slurm has it; state and reason only as long as it is there."""
+    if submission is None or submission.launcher != "slurm":
+        return dict.fromkeys(("slurm_job_id", "slurm_state", "slurm_reason"))
+    alive = submission.state != SubmissionState.ENDED
+    return {
+        "slurm_job_id": submission.job_id,
+        "slurm_state": submission.slurm_state if alive else None,
+        "slurm_reason": (submission.reason or None) if alive else None,
     }
 
 
@@ -131,6 +141,8 @@ def rendered(path: Path, digest: str) -> View:
 
 def digest_of(data: bytes) -> str:
     """`sha256:` and the hexadecimal SHA-256."""
+    import hashlib  # no listing of datasets needs it
+
     return f"sha256:{hashlib.sha256(data).hexdigest()}"
 
 
@@ -167,12 +179,10 @@ def endpoint_view(row: Endpoint, root: Root, submission: Submission | None) -> V
         "status": row.status,
         "health": {key: state.get(key) for key in ("status", "reason", "since", "at", "restarts")} if alive else None,
         "url": row.url,
-        "checkpoint": row.checkpoint_id,
+        "checkpoint": row.checkpoint.artifact_id,
         "base_model": config["base_model"]["name"],
         "instance": row.instance,
-        "slurm_job_id": submission.job_id if submission and submission.launcher == "slurm" else None,
-        "slurm_state": submission.slurm_state if submission else None,
-        "slurm_reason": submission.reason if submission else None,
+        **_slurm(submission),
         "attempt": row.attempt,
         "serving": {key: config[key] for key in ("max_context", "precision", "quantization", "engine_options")},
         "metadata": {"key_file": str(paths.key), "location": str(paths.folder)},

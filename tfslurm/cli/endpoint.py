@@ -191,6 +191,35 @@ def stop(context: Context, ref: str, wait: bool, output: str) -> None:
 
 @endpoint.command()
 @reference("endpoint")
+@click.option("--wait", is_flag=True, help="Come back when it is healthy.")
+@timeout_option
+@output_options
+@pass_context
+def start(context: Context, ref: str, wait: bool, timeout: float | None, output: str) -> None:
+    """Serve a stopped endpoint again: the same name, key and checkpoint."""
+    settings = context.refreshed()
+    from tfslurm.catalog.queries import find_endpoint
+    from tfslurm.serving.endpoints import start as again
+
+    row = again(settings, find_endpoint(ref))
+    if wait:
+        _wait(settings, row.id, timeout or settings.site.serving.start_timeout)
+    print_one(_view(settings, row.id), output)
+
+
+@endpoint.command("wait")
+@reference("endpoint")
+@timeout_option
+@output_options
+@pass_context
+def wait_(context: Context, ref: str, timeout: float | None, output: str) -> None:
+    """Come back when the endpoint is healthy: 0 healthy, 8 timed out, 9 it ended."""
+    settings = context.refreshed()
+    print_one(_wait(settings, ref, timeout or settings.site.serving.start_timeout), output)
+
+
+@endpoint.command()
+@reference("endpoint")
 @yes_option
 @pass_context
 def delete(context: Context, ref: str, yes: bool) -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import click
-from click.shell_completion import CompletionItem
 
 from tfslurm.cli.context import Context
+
+if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
 
 
 def listing_options(statuses: list[str]) -> Callable[[Callable], Callable]:
@@ -38,6 +41,8 @@ def names_of(kind: str) -> Callable:
     """A completer for the names of the objects of a kind."""
 
     def complete(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        from click.shell_completion import CompletionItem
+
         from tfslurm.catalog.models import Artifact, BaseModel, Endpoint, Job
         from tfslurm.errors import TfslurmError
 

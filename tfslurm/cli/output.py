@@ -61,8 +61,8 @@ def _table(rows: list[Row], columns: Sequence[str]) -> None:
     cells = [[column.upper().replace("_", " ") for column in columns]]
     cells += [[_cell(column, row.get(column)) for column in columns] for row in rows]
     widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
-    for line in cells:
-        click.echo("  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip())
+    lines = ("  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip() for line in cells)
+    click.echo("\n".join(lines))
 
 
 def _cell(column: str, value: Any) -> str:

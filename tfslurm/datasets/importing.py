@@ -6,7 +6,7 @@ import json
 import os
 
 from tfslurm.artifacts import manifest
-from tfslurm.artifacts.publish import publish
+from tfslurm.artifacts.publish import publish, remove_tree
 from tfslurm.catalog import queries
 from tfslurm.catalog.db import write_transaction
 from tfslurm.catalog.lifecycle import transition
@@ -16,7 +16,7 @@ from tfslurm.datasets.files import expand
 from tfslurm.datasets.sealing import cleared, lock, make_ready, staging_of
 from tfslurm.errors import InvalidError
 from tfslurm.files import read_json, write_atomic
-from tfslurm.identity import current_user
+from tfslurm.identity import current_user, new_id
 from tfslurm.settings import Settings
 from tfslurm.slurm import submissions
 from tfslurm.slurm.observe import Observation
@@ -30,27 +30,34 @@ def start(
 ) -> Dataset:
     """Register a dataset and start copying `source` into it in the background.
 
-    Raises InvalidError where the source cannot be found, or for what `create` refuses; SlurmRefused where the
-    import could not be started: the dataset is then in error.
+    Raises InvalidError where the source cannot be found, or for the name, format, map or instance, StatusError
+    where the name is taken: nothing is left then; SlurmRefused with the dataset in error; SlurmUnreachable with
+    the dataset assembling: `sync` submits the import.
     """
     where = os.path.abspath(source)
     _check_source(where)
+    kind = registry.checked(name, format, field_map)
     size = settings.instance(instance or settings.site.imports.instance, "import")
-    dataset = registry.create(settings, name, format, field_map, source=where)
-    paths = settings.root.import_(dataset.artifact_id)
-    paths.logs.mkdir(parents=True)
-    uuid, text = submissions.script_for(settings, "import", size, paths, "import", dataset.artifact_id)
+    dataset_id = new_id("dataset")
+    paths = settings.root.import_(dataset_id)
+    uuid, text = submissions.script_for(settings, "import", size, paths, "import", dataset_id)
     order = {
-        "dataset_id": dataset.artifact_id,
+        "dataset_id": dataset_id,
         "source": where,
-        "format": dataset.format,
-        "field_map": dataset.field_map,
-        "staging": str(staging_of(settings.root, dataset.artifact_id)),
+        "format": kind,
+        "field_map": field_map,
+        "staging": str(staging_of(settings.root, dataset_id)),
     }
+    paths.logs.mkdir(parents=True)
     write_atomic(paths.config, json.dumps(order, indent=2) + "\n", mode=0o444)
     write_atomic(paths.script, text, mode=0o555)
-    with write_transaction():
-        submission = submissions.record(uuid, size, "import", dataset.artifact_id)
+    try:
+        with write_transaction():
+            dataset = registry.insert(dataset_id, name, kind, field_map, settings.root.dataset(dataset_id), where)
+            submission = submissions.record(uuid, size, "import", dataset_id)
+    except BaseException:
+        remove_tree(paths.folder)
+        raise
     submissions.hand_over(settings, submission, paths.script, lambda reason: _refuse(dataset, reason))
     return dataset
 
@@ -87,9 +94,12 @@ def _publish(settings: Settings, submission: Submission, dataset: Dataset, outco
     staging = staging_of(settings.root, dataset.artifact_id)
     final = settings.root.dataset(dataset.artifact_id)
     with lock(settings.root, dataset.artifact_id):
-        if staging.exists():
-            publish(staging, cleared(final))
-        copied = manifest.read(final)
+        try:
+            if staging.exists():
+                publish(staging, cleared(final))
+            copied = manifest.read(final)
+        except InvalidError as error:
+            return _fail(submission, dataset, error.message, None)
         if copied.digest != outcome["digest"]:
             return _fail(submission, dataset, f"the copy's digest is {copied.digest}, not {outcome['digest']}", None)
         with write_transaction():

@@ -8,37 +8,44 @@ from tfslurm.catalog import queries
 from tfslurm.catalog.db import write_transaction
 from tfslurm.catalog.lifecycle import record, transition
 from tfslurm.catalog.models import Artifact, Dataset, DatasetStatus, Submission, SubmissionState, now
-from tfslurm.datasets.formats import as_format, check_field_map
+from tfslurm.datasets.formats import Format, as_format, check_field_map
 from tfslurm.errors import StatusError
 from tfslurm.identity import check_name, current_user, new_id
 from tfslurm.settings import Settings
 
 
-def create(settings: Settings, name: str, format: str, field_map: dict[str, str], source: str | None = None) -> Dataset:
-    """Register an assembling dataset and make its writable folder; with a `source`, one that an import fills.
+def create(settings: Settings, name: str, format: str, field_map: dict[str, str]) -> Dataset:
+    """Register an assembling dataset and make its writable folder.
 
     Raises InvalidError for the name, format or map, StatusError where the name is taken; nothing is changed then.
     """
+    kind = checked(name, format, field_map)
+    dataset_id = new_id("dataset")
+    folder = settings.root.assembling(dataset_id)
+    folder.mkdir()
+    try:
+        with write_transaction():
+            return insert(dataset_id, name, kind, field_map, folder)
+    except BaseException:
+        folder.rmdir()
+        raise
+
+
+def checked(name: str, format: str, field_map: dict[str, str]) -> Format:
+    """The format, if a dataset may be called and made so. Raises InvalidError."""
     check_name(name)
     kind = as_format(name=format)
     check_field_map(kind, field_map)
-    dataset_id = new_id("dataset")
-    folder = settings.root.dataset(dataset_id) if source else settings.root.assembling(dataset_id)
-    if source is None:
-        folder.mkdir()
-    try:
-        with write_transaction():
-            dataset = _insert(dataset_id, name, kind, field_map, folder, source)
-    except BaseException:
-        if source is None:
-            folder.rmdir()
-        raise
-    return dataset
+    return kind
 
 
-def _insert(
-    dataset_id: str, name: str, format: str, field_map: dict[str, str], folder: Path, source: str | None
+def insert(
+    dataset_id: str, name: str, format: str, field_map: dict[str, str], folder: Path, source: str | None = None
 ) -> Dataset:
+    """The rows and the event of a new dataset, inside write_transaction(); with a `source`, one that is imported.
+
+    Raises StatusError where the name is taken.
+    """
     queries.check_name_free(Artifact, "dataset", name)
     registered = Artifact.create(
         id=dataset_id,

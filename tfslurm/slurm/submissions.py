@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 
 from tfslurm.catalog.db import write_transaction
 from tfslurm.catalog.models import Submission, SubmissionState, now
+from tfslurm.errors import InvalidError
 from tfslurm.paths import Root, RunPaths
 from tfslurm.settings import Instance, Settings
 from tfslurm.slurm.executors import Handed, launcher
@@ -43,21 +45,33 @@ def record(name: str, instance: Instance, kind: str, object_id: str) -> Submissi
     )
 
 
-def hand_over(settings: Settings, submission: Submission, script: Path) -> None:
-    """Submit the script and note where it went.
+def hand_over(settings: Settings, submission: Submission, script: Path, refused: Callable[[str], None]) -> None:
+    """Submit the script and note where it went; `refused` notes in the object that Slurm said no, and why.
 
     Raises SlurmRefused where Slurm says no; SlurmUnreachable where it does not answer: then `sync` finds out
     whether it was taken, and submits it again if not.
     """
-    note_handed(submission, launcher(submission.launcher, settings).submit(script))
+    try:
+        handed = launcher(submission.launcher, settings).submit(script)
+    except InvalidError as error:
+        with write_transaction():
+            note_ended(submission, error.message)
+            refused(error.message)
+        raise
+    note_handed(submission, handed)
 
 
 def note_handed(submission: Submission, handed: Handed) -> None:
     """The submission is now known to be with its launcher."""
-    submission.cluster, submission.job_id = handed.cluster, handed.job_id
-    submission.state, submission.submitted_at = SubmissionState.SUBMITTED, now()
+    submission.cluster, submission.job_id, submission.submitted_at = handed.cluster, handed.job_id, now()
     with write_transaction():
-        submission.save(only=["cluster", "job_id", "state", "submitted_at"])
+        submission.save(only=["cluster", "job_id", "submitted_at"])
+        # One that has come to its end before this was written stays ended.
+        waiting = Submission.update(state=SubmissionState.SUBMITTED).where(
+            Submission.uuid == submission.uuid, Submission.state == SubmissionState.SUBMITTING
+        )
+        if waiting.execute():
+            submission.state = SubmissionState.SUBMITTED
 
 
 def note_ended(submission: Submission, reason: str | None = None) -> None:
