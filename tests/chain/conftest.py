@@ -1,0 +1,124 @@
+"""A site of its own for the tests of the whole chain: real Slurm, real DeepSpeed, real vLLM, a real small model."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+MODEL = "smollm2-135m-instruct"
+
+INSTANCES = """
+instances:
+  copy: {purposes: [import], partition: cpu, memory: 1G, time: 10}
+  one-node: {purposes: [training], processes_per_node: 2, memory: 6G, time: 30}
+  two-nodes: {purposes: [training], nodes: 2, memory: 4G, time: 30}
+  tight: {purposes: [training], memory: 300M, time: 30}
+  nowhere: {purposes: [training], partition: moon, time: 30}
+  reserved: {purposes: [serving], reservation: serving, cpus_per_process: 2, memory: 12G, time: 60}
+"""
+
+
+@dataclass(frozen=True)
+class Site:
+    """An installation; calling it runs the command line, as a user would."""
+
+    config: Path
+    root: Path
+
+    def __call__(self, *arguments: str, expect: int = 0, timeout: float = 600) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "tfslurm", "--config", str(self.config), *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
+        assert done.returncode == expect, f"{arguments}: exit {done.returncode}\n{done.stdout}\n{done.stderr}"
+        return done
+
+    def json(self, *arguments: str, **options: Any) -> Any:
+        return json.loads(self(*arguments, "--json", **options).stdout)
+
+
+def python_of(environment: str) -> str:
+    python = os.environ.get(f"TFSLURM_TEST_{environment.upper()}_PYTHON")
+    if not python:
+        pytest.skip(f"no {environment} environment: TFSLURM_TEST_{environment.upper()}_PYTHON is not set (scripts/test)")
+    return python
+
+
+def make_site(folder: Path) -> Site:
+    """Initialised, with the real model staged and a ready dataset, `chats`."""
+    model = os.environ.get("TFSLURM_TEST_MODEL")
+    if not model:
+        pytest.skip("no staged model: TFSLURM_TEST_MODEL is not set (scripts/test)")
+    config = folder / "site.yaml"
+    environments = {"core": sys.executable, "train": python_of("train"), "serve": python_of("serve")}
+    settings = {
+        "root": str(folder / "root"),
+        "environments": environments,
+        "slurm": {"poll_floor": 1},
+        "training": {"instance": "one-node"},
+        "serving": {"instance": "reserved", "max_context": 512},
+        "imports": {"instance": "copy"},
+    }
+    config.write_text(json.dumps(settings))
+    config.with_name("instances.yaml").write_text(INSTANCES)
+    site = Site(config, folder / "root")
+    site("init")
+    site("model", "add", MODEL, "--path", model)
+    return site
+
+
+def conversations(count: int = 12) -> str:
+    rows = (
+        {
+            "messages": [
+                {"role": "user", "content": f"What is item {i}?"},
+                {"role": "assistant", "content": f"Item {i} is a small blue box with the number {i * 7}."},
+            ]
+        }
+        for i in range(count)
+    )
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+@pytest.fixture(scope="session")
+def cluster() -> None:
+    """The dev cluster that scripts/test brought up."""
+    if not shutil.which("sinfo"):
+        pytest.skip("Slurm is not installed: see scripts/devcluster install")
+    if "TFSLURM_DEVCLUSTER" not in os.environ:
+        pytest.skip('no dev cluster is up: run scripts/test, or eval "$(scripts/devcluster up)"')
+
+
+@pytest.fixture(scope="module")
+def site(cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Site:
+    site = make_site(tmp_path_factory.mktemp("site"))
+    site("dataset", "create", "chats", "--format", "conversational")
+    folder = Path(site("dataset", "path", "chats").stdout.strip())
+    (folder / "chats.jsonl").write_text(conversations())
+    site("dataset", "seal", "chats")
+    return site
+
+
+def sacct(job_id: str, fields: str) -> list[str]:
+    """The fields of the allocation of a job, waited for: slurmdbd learns of them a moment later."""
+    command = ["sacct", "-X", "--noheader", "--parsable2", f"--format={fields}", f"--jobs={job_id}"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip().split("|")
+
+
+def trainers(folder: Path) -> list[int]:
+    """The process ids of the trainers of the job in this folder."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            command = (process / "cmdline").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if b"tfslurm.training.trainer" in command and str(folder).encode() in command and b"-m" == command[1]:
+            found.append(int(process.name))
+    return found
