@@ -1,0 +1,1 @@
+"""From a checkpoint to an inference endpoint that answers."""

@@ -1,0 +1,1 @@
+"""From a sealed dataset and six numbers to a verified adapter."""

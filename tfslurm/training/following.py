@@ -1,0 +1,93 @@
+"""What became of a job, folded into the catalog."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Any
+
+from tfslurm.catalog import queries
+from tfslurm.catalog.db import write_transaction
+from tfslurm.catalog.lifecycle import transition
+from tfslurm.catalog.models import Job, JobStatus, Submission, now
+from tfslurm.errors import InvalidError
+from tfslurm.files import read_json
+from tfslurm.settings import Settings
+from tfslurm.slurm.observe import Observation
+from tfslurm.slurm.states import Fate
+from tfslurm.slurm.submissions import note_ended
+from tfslurm.training.outcome import Failed, Outcome, Stopped, Succeeded, read_outcome
+from tfslurm.training.registration import register
+
+ACTOR = "sync"
+
+
+def follow(settings: Settings, submission: Submission, seen: Observation) -> None:
+    """Move the job to where its run is; once more changes nothing."""
+    job, paths = queries.find_job(submission.object_id), settings.root.job(submission.object_id)
+    started, outcome = read_json(paths.started), read_outcome(paths.outcome)
+    if job.status == JobStatus.PENDING and started and started["uuid"] == submission.uuid:
+        _start(job, started)
+    if JobStatus(job.status).ended:
+        with write_transaction():
+            note_ended(submission)
+    elif isinstance(outcome, Succeeded) and job.status == JobStatus.RUNNING:
+        _complete(settings, job, submission, outcome)
+    elif outcome or seen.fate.ended:
+        _end(job, submission, seen, outcome)
+    else:
+        submission.slurm_state, submission.reason = seen.state, seen.reason
+        submission.save(only=["slurm_state", "reason"])
+
+
+def _start(job: Job, started: dict[str, Any]) -> None:
+    with write_transaction():
+        transition(
+            job,
+            JobStatus.RUNNING,
+            actor=ACTOR,
+            reason=f"attempt {started['attempt']} on {started['node']}",
+            started_at=datetime.fromisoformat(started["at"]),
+            attempt=started["attempt"],
+        )
+
+
+def _complete(settings: Settings, job: Job, submission: Submission, outcome: Succeeded) -> None:
+    try:
+        register(settings, job, submission, outcome, ACTOR)
+    except InvalidError as error:
+        _to_error(job, submission, error.message)
+
+
+def _end(job: Job, submission: Submission, seen: Observation, outcome: Outcome | None) -> None:
+    if job.status == JobStatus.STOPPING or isinstance(outcome, Stopped):
+        _to_stopped(job, submission, "as requested")
+    elif isinstance(outcome, Failed):
+        _to_error(job, submission, outcome.error)
+    elif seen.fate is Fate.CANCELLED:
+        _to_stopped(job, submission, f"cancelled outside of tfslurm: {seen.state}")
+    else:
+        _to_error(job, submission, describe(seen))
+
+
+def describe(seen: Observation) -> str:
+    """Why a run ended that said nothing itself."""
+    said = f" ({seen.state})" if seen.state and seen.state.lower() != seen.fate.value else ""
+    if seen.fate is Fate.COMPLETED:
+        return f"the script ended without saying how the training went{said}"
+    if seen.exit_code == 137:
+        return "exit code 137: a process was killed, by kill -9 or for want of memory"
+    return f"{seen.fate.value}{said}: {seen.reason or f'exit code {seen.exit_code}'}"
+
+
+def _to_stopped(job: Job, submission: Submission, reason: str) -> None:
+    with write_transaction():
+        if job.status != JobStatus.STOPPING:
+            transition(job, JobStatus.STOPPING, actor=ACTOR, reason=reason)
+        transition(job, JobStatus.STOPPED, actor=ACTOR, reason=reason, ended_at=now())
+        note_ended(submission, reason)
+
+
+def _to_error(job: Job, submission: Submission, error: str) -> None:
+    with write_transaction():
+        transition(job, JobStatus.ERROR, actor=ACTOR, reason=error, error=error, ended_at=now())
+        note_ended(submission, error)
