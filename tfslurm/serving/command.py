@@ -19,7 +19,7 @@ MODULE = "vllm.entrypoints.openai.api_server"
 
 OURS = frozenset({
     "model", "served-model-name", "enable-lora", "lora-modules", "max-lora-rank", "max-model-len", "dtype",
-    "quantization", "tensor-parallel-size", "host", "port", "uds", "api-key", "shutdown-timeout", "config",
+    "quantization", "tensor-parallel-size", "host", "port", "uds", "api-key", "shutdown-timeout", "config", "middleware",
 })  # fmt: skip
 """Options that the configuration decides; `engine_options` may set any other."""
 
@@ -53,6 +53,7 @@ def command(config: ServingConfig, port: int, *, python: str, pace: Pace) -> lis
         "shutdown-timeout": pace.drain,
         "host": config.bind,
         "port": port,
+        "middleware": "tfslurm.serving.guard.Guard",
         "disable-access-log-for-endpoints": "/health,/metrics,/v1/models",
         **_template(Path(config.checkpoint.path)),
     }
