@@ -90,13 +90,22 @@ def _slurm(settings: Settings) -> Iterator[Finding]:
     try:
         yield Finding("slurm", "ok", f"cluster {slurm.cluster()}")
     except TfslurmError as error:
-        yield Finding("slurm", "wrong", error.message, "Is slurmctld running, and SLURM_CONF right?")
+        needed = "slurm" in _launchers(settings)
+        cure = "Is slurmctld running, and SLURM_CONF right?" if needed else "The instances in use are local ones."
+        yield Finding("slurm", "wrong" if needed else "warning", error.message, cure)
         return
     try:
         slurm.run("sacct", "--noheader", "--allocations", "--starttime=now")
         yield Finding("accounting", "ok", "sacct answers")
     except TfslurmError as error:
         yield Finding("accounting", "warning", error.message, "States then come from squeue and exit files alone.")
+
+
+def _launchers(settings: Settings) -> set[str]:
+    """The launchers of the instances that jobs, endpoints and imports take where nobody names one."""
+    site = settings.site
+    defaults = ((site.training.instance, "training"), (site.serving.instance, "serving"), (site.imports.instance, "import"))
+    return {settings.instance(name, purpose).launcher for name, purpose in defaults}
 
 
 def _environment(python: str, name: str, module: str, extra: str) -> Finding:

@@ -34,9 +34,17 @@ def doctor(context: Context, show_settings: bool, output: str) -> None:
     sources = [str(file) for file in context.settings.site_layers.files]
     if output == "table":
         click.echo(f"Configuration: {', over '.join(reversed(sources))}")
-        print_rows(rows, output, ("check", "result", "said", "cure"))
+        for row in rows:
+            _line(row)
     else:
         print_one({"configuration": sources, "findings": rows}, output)
     if any(row["result"] == "wrong" for row in rows):
         raise SystemExit(5)
     return None
+
+
+def _line(row: dict[str, str | None]) -> None:
+    colour = {"ok": "green", "warning": "yellow", "wrong": "red"}[row["result"]]
+    click.echo(f"{click.style(row['result'].ljust(8), fg=colour)} {row['check'].ljust(18)} {row['said']}")
+    if row["cure"]:
+        click.echo(f"{' ' * 28}→ {row['cure']}")

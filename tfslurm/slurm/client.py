@@ -66,29 +66,29 @@ class Slurm:
         Raises SlurmUnreachable where it is missing, does not answer in time or cannot reach the controller,
         SlurmRefused with Slurm's own words for any other failure.
         """
+        return self._run(command).stdout
+
+    def _run(self, command: Sequence[str]) -> subprocess.CompletedProcess[str]:
         environment = {**os.environ, "SLURM_TIME_FORMAT": "standard"}
         try:
             done = subprocess.run(
                 command, capture_output=True, text=True, timeout=self.timeout, env=environment, stdin=subprocess.DEVNULL
             )
         except FileNotFoundError:
-            raise SlurmUnreachable(f"{command[0]} is not on PATH", hint="Is this a login node of the cluster?") from None
+            hint = "Is this a login node of the cluster?"
+            raise SlurmUnreachable(f"{command[0]} is not on PATH", hint=hint) from None
         except subprocess.TimeoutExpired:
             raise SlurmUnreachable(f"{command[0]} did not answer within {self.timeout:g} s") from None
         if done.returncode:
             said = " ".join(done.stderr.split()) or f"exit code {done.returncode}"
             kind = SlurmUnreachable if any(text in said.lower() for text in TRANSIENT) else SlurmRefused
             raise kind(said)
-        return done.stdout
+        return done
 
     def test(self, script: Path) -> str:
-        """Slurm's estimate of when and where the script would start. Raises SlurmRefused with the reason."""
-        command = ["sbatch", "--test-only", str(script)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=self.timeout, stdin=subprocess.DEVNULL)
-        said = " ".join(done.stderr.replace("sbatch:", "").split())
-        if done.returncode:
-            raise SlurmRefused(said)
-        return said
+        """Slurm's estimate of when and where the script would start. Raises what `run` raises."""
+        said = self._run(["sbatch", "--test-only", str(script)]).stderr
+        return " ".join(said.replace("sbatch:", "").split())
 
     def queue(self, job_ids: Sequence[str]) -> dict[str, QueueEntry]:
         """What squeue knows of these jobs, finished ones included as long as it remembers them."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 
 from tfslurm.catalog.models import Submission, SubmissionState, now
@@ -64,7 +64,7 @@ def _observe_slurm(settings: Settings, submissions: list[Submission], slurm: Slu
     accounts = _accounts(slurm, absent)
     found = accounts | queue
     return {
-        s.uuid: _translate(found[s.job_id]) if _is(found.get(s.job_id), s) else _forgotten(settings, s)
+        s.uuid: _translate(settings, s, found[s.job_id]) if _is(found.get(s.job_id), s) else _forgotten(settings, s)
         for s in submissions
     }
 
@@ -84,16 +84,14 @@ def _is(entry: QueueEntry | None, submission: Submission) -> bool:
     return entry is not None and entry.name == submission.uuid
 
 
-def _translate(entry: QueueEntry) -> Observation:
+def _translate(settings: Settings, submission: Submission, entry: QueueEntry) -> Observation:
+    """Slurm's word for it; how the script ended, the script itself knows better than squeue."""
+    what = fate(entry.state)
+    reason = "" if entry.reason in ("None", "NonZeroExitCode") else entry.reason
     code = entry.exit_code.partition(":")[0]
-    return Observation(
-        fate(entry.state),
-        reason="" if entry.reason == "None" else entry.reason,
-        state=entry.state,
-        nodes=entry.nodes,
-        start=entry.start,
-        exit_code=int(code) if code.isdigit() else None,
-    )
+    seen = Observation(what, reason, entry.state, entry.nodes, entry.start, int(code) if code.isdigit() else None)
+    own = exit_record(settings, submission) if what.ended else None
+    return replace(seen, reason=reason or own.reason, exit_code=own.exit_code) if own else seen
 
 
 def _forgotten(settings: Settings, submission: Submission) -> Observation:

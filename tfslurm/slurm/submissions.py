@@ -5,6 +5,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tfslurm.catalog.db import write_transaction
 from tfslurm.catalog.models import Submission, SubmissionState, now
@@ -12,7 +13,9 @@ from tfslurm.errors import InvalidError
 from tfslurm.paths import Root, RunPaths
 from tfslurm.settings import Instance, Settings
 from tfslurm.slurm.executors import Handed, launcher
-from tfslurm.slurm.templates import Script, Template, render
+
+if TYPE_CHECKING:
+    from tfslurm.slurm.templates import Template
 
 
 def folder_of(root: Root, submission: Submission) -> RunPaths:
@@ -28,6 +31,8 @@ def script_for(
 
     Raises ConfigurationError for an instance that cannot be written as a script.
     """
+    from tfslurm.slurm.templates import Script, render  # late: jinja2, which following a job doesn't need
+
     name = str(uuid.uuid4())
     script = Script.of(settings, template, instance, paths.folder, uuid=name, kind=kind, object_id=object_id)
     return name, render(script)
@@ -72,6 +77,15 @@ def note_handed(submission: Submission, handed: Handed) -> None:
         )
         if waiting.execute():
             submission.state = SubmissionState.SUBMITTED
+
+
+def note_seen(submission: Submission, state: str, reason: str) -> None:
+    """What the launcher says of the submission now; "" is nothing, and leaves what it said before."""
+    if not state or (submission.slurm_state, submission.reason) == (state, reason):
+        return
+    submission.slurm_state, submission.reason = state, reason
+    with write_transaction():
+        submission.save(only=["slurm_state", "reason"])
 
 
 def note_ended(submission: Submission, reason: str | None = None) -> None:

@@ -151,7 +151,8 @@ def _directive(value: object) -> str:
     text = str(value)
     if FORBIDDEN.search(text):
         raise ConfigurationError(f"{text!r} cannot stand in an #SBATCH line", hint="Use no quotes, $ or control characters.")
-    return f'"{text}"' if " " in text else text
+    # Outside of quotes sbatch ends an argument at a blank, and the line at a #.
+    return f'"{text}"' if re.search("[ #]", text) else text
 
 
 def _variable(name: str) -> str:

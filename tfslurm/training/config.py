@@ -74,7 +74,6 @@ class TrainingConfig(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     base_model: BaseModelRef
     dataset: DatasetRef
-    validation_dataset: DatasetRef | None = None
     hyperparameters: Hyperparameters
     seed: int = 0
     processes: Processes = Processes()

@@ -14,7 +14,7 @@ from tfslurm.files import read_json
 from tfslurm.settings import Settings
 from tfslurm.slurm.observe import Observation
 from tfslurm.slurm.states import Fate
-from tfslurm.slurm.submissions import note_ended
+from tfslurm.slurm.submissions import note_ended, note_seen
 from tfslurm.training.outcome import Failed, Outcome, Stopped, Succeeded, read_outcome
 from tfslurm.training.registration import register
 
@@ -35,8 +35,7 @@ def follow(settings: Settings, submission: Submission, seen: Observation) -> Non
     elif outcome or seen.fate.ended:
         _end(job, submission, seen, outcome)
     else:
-        submission.slurm_state, submission.reason = seen.state, seen.reason
-        submission.save(only=["slurm_state", "reason"])
+        note_seen(submission, seen.state, seen.reason)
 
 
 def _start(job: Job, started: dict[str, Any]) -> None:
@@ -74,8 +73,9 @@ def describe(seen: Observation) -> str:
     said = f" ({seen.state})" if seen.state and seen.state.lower() != seen.fate.value else ""
     if seen.fate is Fate.COMPLETED:
         return f"the script ended without saying how the training went{said}"
-    if seen.exit_code == 137:
-        return "exit code 137: a process was killed, by kill -9 or for want of memory"
+    if seen.exit_code in (137, 143):
+        # srun reports the highest code: after a kill -9 that of the processes that it ended itself.
+        return f"exit code {seen.exit_code}: a process was killed, by hand or for want of memory; see the end of the log"
     return f"{seen.fate.value}{said}: {seen.reason or f'exit code {seen.exit_code}'}"
 
 

@@ -34,7 +34,6 @@ class Request:
     instance: str | None = None
     name: str | None = None
     seed: int = 0
-    validation_dataset: str | None = None
 
 
 @dataclass(frozen=True)
@@ -65,7 +64,6 @@ def plan(settings: Settings, request: Request) -> Plan:
         name=check_name(request.name) if request.name else f"{dataset.artifact.name[:46]}-{job_id[-8:]}",
         base_model=_model_ref(model),
         dataset=_dataset_ref(dataset),
-        validation_dataset=_dataset_ref(_ready(request.validation_dataset)) if request.validation_dataset else None,
         hyperparameters=resolve(
             request.hyperparameters, allowed.hyperparameters, longest=model.metadata.get("max_position_embeddings")
         ),
@@ -142,8 +140,6 @@ def _insert(made: Plan) -> tuple[Job, Submission]:
     config = made.config
     # The job's row is what keeps the dataset from being deleted: both are decided under one lock.
     dataset = _ready(config.dataset.id)
-    if config.validation_dataset:
-        _ready(config.validation_dataset.id)
     queries.check_name_free(Job, "job", config.name)
     job = Job.create(
         id=config.job_id,

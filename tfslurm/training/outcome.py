@@ -79,9 +79,19 @@ def reporting(path: Path, body: Callable[[], None]) -> int:
         return error.exit_code
     except Exception as error:
         traceback.print_exc()
-        _report(path, f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else '-'}")
+        if not _is_witness(error):
+            _report(path, f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else '-'}")
         return 1
     return 0
+
+
+LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "remote process exited", "Broken pipe")
+"""What gloo and NCCL say in the processes that are left when one of a job dies."""
+
+
+def _is_witness(error: Exception) -> bool:
+    """Whether the error only tells that another process is gone: the cause is that one's, and its exit code says it."""
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in LOST_PEER)
 
 
 def _report(path: Path, error: str) -> None:

@@ -42,7 +42,8 @@ def prepare(paths: JobPaths) -> Prepared:
     limit = config.hyperparameters.max_seq_length
     selection = select(tokens, limit, config.trainer.overlong)
     if len(selection.kept) == 0:
-        raise InvalidError(_nothing_left(tokens, selection, limit), hint="see prepared rows in the job's log")
+        hint = "check the dataset's format and field map, or raise max_seq_length"
+        raise InvalidError(_nothing_left(tokens, selection, limit), hint=hint)
     plan = _plan(config, selection)
     plan.save(paths.plan)
     prepared = _summary(paths, tokens, selection, plan)

@@ -64,6 +64,8 @@ def _metadata(config: TrainingConfig, outcome: Succeeded) -> dict[str, Any]:
 
 
 def _publish(paths: JobPaths, staging: Path, final: Path, metadata: dict, outcome: Succeeded) -> None:
+    if not paths.adapter.is_dir():
+        raise InvalidError(f"{paths.adapter} is missing, though the training succeeded")
     if staging.exists():
         remove_tree(staging)
     shutil.copytree(paths.adapter, staging)

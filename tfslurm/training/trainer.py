@@ -256,12 +256,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("folder", type=Path, help="the job's folder")
     paths = JobPaths(parser.parse_args(argv).folder)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    return reporting(paths.outcome, lambda: _attempt(paths))
+
+
+def _attempt(paths: JobPaths) -> None:
     rank = Rank.from_environment(os.environ)
     if rank.first:
         paths.outcome.unlink(missing_ok=True)
-    code = reporting(paths.outcome, lambda: train(paths, rank))
-    sys.stdout.flush()
-    return code
+    train(paths, rank)
 
 
 if __name__ == "__main__":
