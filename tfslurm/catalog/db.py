@@ -10,7 +10,7 @@ from peewee import Database, OperationalError, PeeweeException, SqliteDatabase
 
 from tfslurm.catalog import migrations
 from tfslurm.catalog.models import database
-from tfslurm.errors import StatusError, UnreachableError
+from tfslurm.errors import NotPermittedError, StatusError, UnreachableError
 from tfslurm.settings import Settings
 
 BUSY_TIMEOUT = 30
@@ -49,7 +49,7 @@ def check_schema() -> None:
     try:
         applied = {name for (name,) in database.execute_sql("SELECT name FROM schema_migration")}
     except PeeweeException as error:
-        if isinstance(error, OperationalError) and "no such table" not in str(error):
+        if "no such table" not in str(error):
             raise UnreachableError(f"the catalog cannot be read: {error}") from None
         applied = set()
     if known - applied:
@@ -63,10 +63,18 @@ def write_transaction() -> Iterator[None]:
     """A transaction that holds the write lock from its start, so that what it reads stays true until it commits.
 
     Never nested: peewee would turn the inner one into a savepoint without the lock.
+    Raises UnreachableError where another process keeps the lock, NotPermittedError for a read-only catalog.
     """
     assert database.transaction_depth() == 0, "write_transaction() inside a transaction"
-    with database.atomic("IMMEDIATE"):
-        yield
+    try:
+        with database.atomic("IMMEDIATE"):
+            yield
+    except OperationalError as error:
+        if "readonly" in str(error):
+            raise NotPermittedError("the catalog is read-only for you") from None
+        if "locked" in str(error):
+            raise UnreachableError(f"the catalog was locked by another process for {BUSY_TIMEOUT} s") from None
+        raise
 
 
 def migrate(settings: Settings) -> list[str]:

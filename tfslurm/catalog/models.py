@@ -121,18 +121,23 @@ class Artifact(Table):
 Artifact.add_index(
     Artifact.index(Artifact.kind, Artifact.name, unique=True, name="artifact_name").where(SQL("status <> 'deleted'"))
 )
-Artifact.add_index(Artifact.index(Artifact.kind, Artifact.status, Artifact.id, name="artifact_listing"))
+Artifact.add_index(Artifact.index(Artifact.kind, Artifact.status, Artifact.id, name="artifact_status"))
+Artifact.add_index(Artifact.index(Artifact.kind, Artifact.id, name="artifact_kind"))
+Artifact.add_index(Artifact.index(Artifact.kind, Artifact.owner, Artifact.id, name="artifact_owner"))
 
 
 class Dataset(Table):
     """What only datasets have."""
 
     artifact = reference(Artifact, primary_key=True)
-    format = CharField(max_length=16, index=True)
+    format = CharField(max_length=16)
     field_map = JsonField(default=dict)
     source = TextField(null=True)
     row_count = BigIntegerField(null=True)
     metadata = JsonField(default=dict)
+
+
+Dataset.add_index(Dataset.index(Dataset.format, Dataset.artifact, name="dataset_format"))
 
 
 class BaseModel(Table):
@@ -227,6 +232,20 @@ Submission.add_index(Submission.index(Submission.state, Submission.kind, name="s
 Submission.add_index(Submission.index(Submission.object_id, Submission.created_at, name="submission_object"))
 
 
+class Mount(Table):
+    """A read-only view of a dataset in somebody's workspace: a consumer as long as it lasts."""
+
+    id = AutoField()
+    artifact = reference(Artifact, backref="mounts")
+    path = TextField()
+    how = CharField(max_length=16)
+    host = TextField()
+    process = CharField(max_length=32, null=True)
+    owner = TextField()
+    created_at = TimeField()
+    ended_at = TimeField(null=True)
+
+
 class Event(Table):
     """One recorded change; rows are only ever added."""
 
@@ -250,4 +269,4 @@ class Lease(Table):
     expires_at = TimeField()
 
 
-TABLES = (Artifact, Dataset, BaseModel, Job, Checkpoint, Endpoint, Submission, Event, Lease)
+TABLES = (Artifact, Dataset, BaseModel, Job, Checkpoint, Endpoint, Submission, Mount, Event, Lease)

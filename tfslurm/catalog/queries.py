@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from peewee import ModelSelect
+from peewee import Field, ModelSelect
 
 from tfslurm.catalog.models import (
     Artifact,
@@ -41,7 +41,7 @@ class Page:
 
 def datasets() -> ModelSelect:
     """Every dataset with its registry row, in one query."""
-    return Dataset.select(Dataset, Artifact).join(Artifact)
+    return Dataset.select(Dataset, Artifact).join(Artifact).where(Artifact.kind == "dataset")
 
 
 def checkpoints() -> ModelSelect:
@@ -59,8 +59,11 @@ def endpoints() -> ModelSelect:
     return Endpoint.select(Endpoint, Checkpoint, Artifact).join(Checkpoint).join(Artifact)
 
 
-def paged(rows: ModelSelect, table: type[Table], page: Page) -> ModelSelect:
-    """`rows` filtered on the columns of `table`; deleted ones only where they are asked for."""
+def paged(rows: ModelSelect, table: type[Table], page: Page, *, key: Field | None = None) -> ModelSelect:
+    """`rows` filtered on the columns of `table`; deleted ones only where they are asked for.
+
+    `key` is the column that holds the ids, where an index of another table gives their order.
+    """
     if page.status:
         rows = rows.where(table.status == page.status)
     else:
@@ -71,7 +74,7 @@ def paged(rows: ModelSelect, table: type[Table], page: Page) -> ModelSelect:
         rows = rows.where(table.name % page.name)  # GLOB, on SQLite
     if page.after:
         rows = rows.where(table.id < page.after)
-    return rows.order_by(table.id.desc()).limit(page.limit)
+    return rows.order_by((key or table.id).desc()).limit(page.limit)
 
 
 def find_dataset(ref: str, *, deleted: bool = False) -> Dataset:

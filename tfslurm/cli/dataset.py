@@ -169,12 +169,16 @@ def list_(context: Context, format: str | None, output: str, **page: Any) -> Non
     from tfslurm.catalog.queries import Page, datasets, paged
     from tfslurm.catalog.views import dataset_view
 
-    rows = datasets()
+    rows, key = datasets(), Artifact.id
     if format:
-        rows = rows.where(Dataset.format == format)
-    views = (dataset_view(row, settings.root) for row in paged(rows, Artifact, Page(**page)))
+        rows, key = rows.where(Dataset.format == format), Dataset.artifact
+    rows = paged(rows, Artifact, Page(**page), key=key)
     columns = ("id", "name", "format", "status", "row_count", "size_bytes", "owner", "created_at")
-    print_rows(views, output, columns)
+    if output == "table":
+        # Not whole objects: with a thousand datasets they would take as long as all the rest.
+        shown = (getattr(Dataset if name in ("format", "row_count") else Artifact, name) for name in columns)
+        return print_rows(rows.select(*shown).dicts(), output, columns)
+    return print_rows((dataset_view(row, settings.root) for row in rows), output, columns)
 
 
 @dataset.command()
@@ -258,3 +262,55 @@ def delete(context: Context, ref: str, yes: bool) -> None:
     confirm(f"Delete dataset '{row.artifact.name}'?", yes)
     soft_delete(row)
     click.echo(f"dataset '{row.artifact.name}' is deleted")
+
+
+@dataset.command()
+@reference("dataset")
+@click.argument("destination", type=click.Path(path_type=Path))
+@click.argument("command", nargs=-1, type=click.UNPROCESSED)
+@click.option(
+    "--how",
+    type=click.Choice(["symlink", "bind"]),
+    default="symlink",
+    show_default=True,
+    help="A link, or a mount that only COMMAND (your shell, if none is given) sees and that ends with it.",
+)
+@click.option("--print", "container", type=click.Choice(["apptainer", "pyxis"]), help="Print the container's option.")
+@pass_context
+def mount(
+    context: Context, ref: str, destination: Path, command: tuple[str, ...], how: str, container: str | None
+) -> None:
+    """Show a ready dataset, read-only, in a workspace.
+
+    \b
+    As long as it lasts, the dataset cannot be deleted. Examples:
+      tfslurm dataset mount helpdesk ./data
+      tfslurm dataset mount helpdesk ./data --how bind -- python explore.py ./data
+      apptainer exec $(tfslurm dataset mount helpdesk /data --print apptainer) image.sif ls /data
+    """
+    import os
+
+    context.open()
+    from tfslurm.catalog.queries import find_dataset
+    from tfslurm.datasets import mounts
+
+    row = find_dataset(ref)
+    if container:
+        return click.echo(mounts.option(row, destination, container))
+    if how == "bind":
+        raise SystemExit(mounts.run_bound(row, destination, command or (os.environ.get("SHELL", "/bin/sh"),)))
+    if command:
+        raise click.UsageError("A command goes with --how bind.")
+    made = mounts.link(row, destination)
+    return click.echo(f"dataset '{row.artifact.name}' is at {made.path}")
+
+
+@dataset.command()
+@click.argument("destination", type=click.Path(path_type=Path))
+@pass_context
+def unmount(context: Context, destination: Path) -> None:
+    """Take a mount away."""
+    context.open()
+    from tfslurm.datasets.mounts import unmount as take_away
+
+    click.echo(f"{take_away(destination).path} is no longer mounted")

@@ -53,7 +53,8 @@ def create(
     from tfslurm.serving.endpoints import Request, plan
     from tfslurm.serving.endpoints import create as submit
 
-    row, key = submit(settings, plan(settings, Request(name, checkpoint, instance, max_context, precision, quantization)))
+    request = Request(name, checkpoint, instance, max_context, precision, quantization)
+    row, key = submit(settings, plan(settings, request))
     if wait:
         _wait(settings, row.id, timeout or settings.site.serving.start_timeout)
     print_one({**_view(settings, row.id), "key": key}, output)

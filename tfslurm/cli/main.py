@@ -8,13 +8,12 @@ import traceback
 from datetime import UTC, datetime
 from importlib import import_module
 from pathlib import Path
-from typing import Any
 
 import click
 
 from tfslurm import __version__
 from tfslurm.cli.context import Context
-from tfslurm.errors import TfslurmError
+from tfslurm.errors import NotPermittedError, TfslurmError
 
 COMMANDS = {
     "artifact": "artifact:artifact",
@@ -73,10 +72,13 @@ def cli(ctx: click.Context, config: Path | None, root: Path | None) -> None:
 
 def main() -> None:
     """Run the command line; the process's exit code is one of errors.py's."""
-    context: Context | None = None
+    if "_TFSLURM_COMPLETE" in os.environ:
+        from click.shell_completion import shell_complete
+
+        sys.exit(shell_complete(cli, {}, "tfslurm", "_TFSLURM_COMPLETE", os.environ["_TFSLURM_COMPLETE"]))
+    ctx: click.Context | None = None
     try:
         with cli.make_context("tfslurm", sys.argv[1:]) as ctx:
-            context = ctx.obj
             cli.invoke(ctx)
         sys.stdout.flush()
     except click.exceptions.Exit as stop:
@@ -94,8 +96,11 @@ def main() -> None:
         # The reader has gone (`| head`): nobody is left to tell.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
+    except PermissionError as error:
+        _say(f"{error.filename}: {error.strerror}", None)
+        sys.exit(NotPermittedError.exit_code)
     except Exception as error:
-        _say(f"unexpected {type(error).__name__}: {error}", _keep_traceback(context))
+        _say(f"unexpected {type(error).__name__}: {error}", _keep_traceback(ctx and ctx.obj))
         sys.exit(1)
 
 
@@ -105,7 +110,7 @@ def _say(message: str, hint: str | None) -> None:
         click.echo(hint, err=True)
 
 
-def _keep_traceback(context: Any) -> str:
+def _keep_traceback(context: Context | None) -> str:
     """Append the traceback to the log under the root, or to one in the home folder where that is not to be had."""
     text = f"{datetime.now(UTC).isoformat()} {' '.join(sys.argv)}\n{traceback.format_exc()}\n"
     places = [Path.home() / ".tfslurm.log"]

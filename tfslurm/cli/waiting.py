@@ -12,7 +12,6 @@ import click
 
 from tfslurm.errors import EndedBadly, WaitTimeout
 from tfslurm.settings import Settings
-from tfslurm.sync import refresh
 
 View = dict[str, Any]
 
@@ -33,6 +32,8 @@ def wait_for(
 
     Raises WaitTimeout after `timeout` seconds, EndedBadly for a bad status.
     """
+    from tfslurm.sync import refresh  # late: a listing needs only the options below
+
     deadline = None if timeout is None else time.monotonic() + timeout
     with _status_line() as show:
         while True:

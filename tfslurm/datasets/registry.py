@@ -8,6 +8,7 @@ from tfslurm.catalog import queries
 from tfslurm.catalog.db import write_transaction
 from tfslurm.catalog.lifecycle import record, transition
 from tfslurm.catalog.models import Artifact, Dataset, DatasetStatus, Submission, SubmissionState, now
+from tfslurm.datasets import mounts
 from tfslurm.datasets.formats import Format, as_format, check_field_map
 from tfslurm.errors import StatusError
 from tfslurm.identity import check_name, current_user, new_id
@@ -78,10 +79,12 @@ def delete(dataset: Dataset) -> Dataset:
 
 def _check_unused(dataset: Dataset) -> None:
     name = dataset.artifact.name
-    jobs = queries.consumers_of_dataset(dataset.artifact_id)
-    if jobs:
-        listed = ", ".join(f"job '{job.name}' ({job.status})" for job in jobs)
-        raise StatusError(f"dataset '{name}' is in use: {listed}", hint="Wait for them, or stop them first.")
+    users = [f"job '{job.name}' ({job.status})" for job in queries.consumers_of_dataset(dataset.artifact_id)]
+    users += mounts.lasting(dataset.artifact_id)
+    if users:
+        raise StatusError(
+            f"dataset '{name}' is in use: {', '.join(users)}", hint="Wait for jobs or stop them; unmount what is mounted."
+        )
     importing = Submission.select().where(
         Submission.object_id == dataset.artifact_id, Submission.state != SubmissionState.ENDED
     )

@@ -32,16 +32,21 @@ class Artifact(Table):
 Artifact.add_index(
     Artifact.index(Artifact.kind, Artifact.name, unique=True, name="artifact_name").where(SQL("status <> 'deleted'"))
 )
-Artifact.add_index(Artifact.index(Artifact.kind, Artifact.status, Artifact.id, name="artifact_listing"))
+Artifact.add_index(Artifact.index(Artifact.kind, Artifact.status, Artifact.id, name="artifact_status"))
+Artifact.add_index(Artifact.index(Artifact.kind, Artifact.id, name="artifact_kind"))
+Artifact.add_index(Artifact.index(Artifact.kind, Artifact.owner, Artifact.id, name="artifact_owner"))
 
 
 class Dataset(Table):
     artifact = reference(Artifact, primary_key=True)
-    format = CharField(max_length=16, index=True)
+    format = CharField(max_length=16)
     field_map = TextField()
     source = TextField(null=True)
     row_count = BigIntegerField(null=True)
     metadata = TextField()
+
+
+Dataset.add_index(Dataset.index(Dataset.format, Dataset.artifact, name="dataset_format"))
 
 
 class BaseModel(Table):
@@ -120,6 +125,18 @@ Submission.add_index(Submission.index(Submission.state, Submission.kind, name="s
 Submission.add_index(Submission.index(Submission.object_id, Submission.created_at, name="submission_object"))
 
 
+class Mount(Table):
+    id = AutoField()
+    artifact = reference(Artifact)
+    path = TextField()
+    how = CharField(max_length=16)
+    host = TextField()
+    process = CharField(max_length=32, null=True)
+    owner = TextField()
+    created_at = BigIntegerField()
+    ended_at = BigIntegerField(null=True)
+
+
 class Event(Table):
     id = AutoField()
     at = BigIntegerField()
@@ -139,7 +156,7 @@ class Lease(Table):
     expires_at = BigIntegerField()
 
 
-TABLES = (Artifact, Dataset, BaseModel, Job, Checkpoint, Endpoint, Submission, Event, Lease)
+TABLES = (Artifact, Dataset, BaseModel, Job, Checkpoint, Endpoint, Submission, Mount, Event, Lease)
 
 
 def up(migrator, db):
