@@ -104,8 +104,8 @@ def _slurm(settings: Settings) -> Iterator[Finding]:
 def _launchers(settings: Settings) -> set[str]:
     """The launchers of the instances that jobs, endpoints and imports take where nobody names one."""
     site = settings.site
-    defaults = ((site.training.instance, "training"), (site.serving.instance, "serving"), (site.imports.instance, "import"))
-    return {settings.instance(name, purpose).launcher for name, purpose in defaults}
+    names = {"training": site.training.instance, "serving": site.serving.instance, "import": site.imports.instance}
+    return {settings.instance(name, purpose).launcher for purpose, name in names.items()}
 
 
 def _environment(python: str, name: str, module: str, extra: str) -> Finding:

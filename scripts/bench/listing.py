@@ -3,8 +3,9 @@
 
     scripts/bench/listing.py [--many 100000] [--few 100] [--runs 20]
 
-Run it with the interpreter of an environment that has tfslurm. Both catalogs are listed in turns, so that both see the
-same machine; prints the medians in seconds and their ratio as JSON. The exit code is 1 where a ratio is above the target.
+Run it with the interpreter of an environment that has tfslurm. Both catalogs are listed in turns, so that both
+see the same machine; prints the medians in seconds and their ratio as JSON. The exit code is 1 where a ratio is
+above the target.
 """
 
 from __future__ import annotations

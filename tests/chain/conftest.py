@@ -46,7 +46,9 @@ class Site:
 def python_of(environment: str) -> str:
     python = os.environ.get(f"TFSLURM_TEST_{environment.upper()}_PYTHON")
     if not python:
-        pytest.skip(f"no {environment} environment: TFSLURM_TEST_{environment.upper()}_PYTHON is not set (scripts/test)")
+        pytest.skip(
+            f"no {environment} environment: TFSLURM_TEST_{environment.upper()}_PYTHON is not set (scripts/test)"
+        )
     return python
 
 

@@ -66,6 +66,16 @@ def test_what_slurm_refuses_is_told_in_its_own_words(site: Site) -> None:
     assert "nvalid partition" in view["error"]
 
 
+def test_a_dry_run_prints_what_would_run_and_slurms_estimate_and_changes_nothing(site: Site) -> None:
+    before = site.json("job", "list")
+    said = site("job", "create", "--model", MODEL, "--dataset", "chats", "--dry-run").stdout
+    assert all(part in said for part in ('"effective_batch_size": 8', '"zero_optimization"', "#SBATCH --job-name="))
+    assert "to start at" in said.partition("# --- sbatch --test-only")[2]
+    refused = site("job", "create", "--model", MODEL, "--dataset", "chats", "--dry-run", "--instance", "nowhere", expect=5)
+    assert "nvalid partition" in refused.stderr
+    assert site.json("job", "list") == before
+
+
 def test_a_job_cancelled_by_hand_is_stopped(site: Site) -> None:
     start(site, "cancelled")
     wait_until_it_trains(site, "cancelled")

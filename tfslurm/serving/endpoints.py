@@ -14,7 +14,7 @@ from tfslurm.catalog.lifecycle import record, transition
 from tfslurm.catalog.models import Checkpoint, Endpoint, EndpointStatus, Submission, now
 from tfslurm.catalog.views import digest_of
 from tfslurm.errors import InvalidError, StatusError
-from tfslurm.files import read_json, write_atomic
+from tfslurm.files import locked, read_json, write_atomic
 from tfslurm.identity import check_name, current_user, new_id
 from tfslurm.paths import Root
 from tfslurm.serving.config import CheckpointRef, ServingConfig
@@ -152,17 +152,20 @@ def start(settings: Settings, endpoint: Endpoint) -> Endpoint:
     Raises StatusError where it runs, NotFoundError where its checkpoint was deleted.
     """
     paths = settings.root.endpoint(endpoint.id)
-    if not EndpointStatus(endpoint.status).ended:
-        raise StatusError(f"endpoint '{endpoint.name}' is {endpoint.status} already")
-    instance = settings.instance(endpoint.instance, "serving")
-    uuid, script = submissions.script_for(settings, "serve", instance, paths, "endpoint", endpoint.id)
-    with write_transaction():
-        queries.find_checkpoint(endpoint.checkpoint.artifact_id)
-        transition(endpoint, EndpointStatus.PENDING, actor=current_user(), error=None, ended_at=None)
-        submission = submissions.record(uuid, instance, "endpoint", endpoint.id)
-    for report in (paths.stop, paths.started, paths.exit, paths.outcome, paths.state):
-        report.unlink(missing_ok=True)
-    write_atomic(paths.script, script, mode=0o555)
+    with locked(paths.folder / ".lock-start"):
+        endpoint = queries.find_endpoint(endpoint.id)
+        if not EndpointStatus(endpoint.status).ended:
+            raise StatusError(f"endpoint '{endpoint.name}' is {endpoint.status} already")
+        instance = settings.instance(endpoint.instance, "serving")
+        uuid, script = submissions.script_for(settings, "serve", instance, paths, "endpoint", endpoint.id)
+        # The last run's reports go first: read together with the new row, they would end the new run.
+        for report in (paths.stop, paths.started, paths.exit, paths.outcome, paths.state):
+            report.unlink(missing_ok=True)
+        write_atomic(paths.script, script, mode=0o555)
+        with write_transaction():
+            queries.find_checkpoint(endpoint.checkpoint.artifact_id)
+            transition(endpoint, EndpointStatus.PENDING, actor=current_user(), error=None, ended_at=None)
+            submission = submissions.record(uuid, instance, "endpoint", endpoint.id)
     submissions.hand_over(settings, submission, paths.script, lambda reason: _refuse(endpoint, reason))
     return endpoint
 

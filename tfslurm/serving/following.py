@@ -13,7 +13,7 @@ from tfslurm.files import read_json
 from tfslurm.settings import Settings
 from tfslurm.slurm.observe import Observation
 from tfslurm.slurm.states import Fate
-from tfslurm.slurm.submissions import note_ended
+from tfslurm.slurm.submissions import note_ended, note_seen
 
 ACTOR = "sync"
 
@@ -36,8 +36,7 @@ def follow(settings: Settings, submission: Submission, seen: Observation) -> Non
     else:
         if state and started:
             _publish(endpoint, state)
-        submission.slurm_state, submission.reason = seen.state, seen.reason
-        submission.save(only=["slurm_state", "reason"])
+        note_seen(submission, seen.state, seen.reason)
 
 
 def _start(endpoint: Endpoint, started: dict[str, Any]) -> None:
@@ -77,7 +76,9 @@ def _end(endpoint: Endpoint, submission: Submission, seen: Observation, outcome:
     if wanted and not seen.fate.ended:
         return  # it still drains
     if wanted or (outcome and outcome["result"] == "stopped") or seen.fate is Fate.CANCELLED:
-        return _to_stopped(endpoint, submission, "as requested" if wanted else f"from outside: {seen.state or 'stopped'}")
+        return _to_stopped(
+            endpoint, submission, "as requested" if wanted else f"from outside: {seen.state or 'stopped'}"
+        )
     error = outcome["error"] if outcome else f"{seen.fate.value}: {seen.reason}"
     with write_transaction():
         transition(endpoint, EndpointStatus.ERROR, actor=ACTOR, reason=error, error=error, ended_at=now())

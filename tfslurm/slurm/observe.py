@@ -9,8 +9,8 @@ from datetime import timedelta
 
 from tfslurm.catalog.models import Submission, SubmissionState, now
 from tfslurm.files import read_json
+from tfslurm.process import alive
 from tfslurm.settings import Settings
-from tfslurm.slurm import local
 from tfslurm.slurm.client import QueueEntry, Slurm, SlurmRefused, SlurmUnreachable
 from tfslurm.slurm.states import Fate, fate
 from tfslurm.slurm.submissions import folder_of
@@ -52,7 +52,7 @@ def _observe_local(settings: Settings, submission: Submission) -> Observation:
         return ended
     if submission.cluster != socket.gethostname():
         return UNKNOWN  # only its own machine can look
-    if local.alive(submission.job_id):
+    if alive(submission.job_id):
         return Observation(Fate.ACTIVE, state="RUNNING", nodes=submission.cluster)
     # The script may have ended between the two looks.
     return exit_record(settings, submission) or Observation(Fate.LOST, "its process was killed")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from tfslurm.catalog.db import write_transaction
 from tfslurm.catalog.models import Submission, SubmissionState, now
 from tfslurm.errors import InvalidError
+from tfslurm.faults import fault_point
 from tfslurm.paths import Root, RunPaths
 from tfslurm.settings import Instance, Settings
 from tfslurm.slurm.executors import Handed, launcher
@@ -63,6 +64,7 @@ def hand_over(settings: Settings, submission: Submission, script: Path, refused:
             note_ended(submission, error.message)
             refused(error.message)
         raise
+    fault_point("submission-handed")
     note_handed(submission, handed)
 
 

@@ -72,18 +72,22 @@ def render(script: Script) -> str:
     instance, container = script.instance, script.instance.container
     program = _program(script.python, container)
     pyxis = _pyxis(container)
-    return _environment().get_template(f"{script.template}.sh.j2").render(
-        script.__dict__,
-        version=__version__,
-        options=directives(script),
-        prologue=instance.prologue,
-        program=program,
-        head=f"srun --nodes=1 --ntasks=1 {pyxis}{program}" if pyxis else program,
-        srun_options=pyxis,
-        nodes=instance.nodes,
-        world_size=instance.processes,
-        threads=instance.cpus_per_process,
-        gpus=instance.gpus_per_node,
+    return (
+        _environment()
+        .get_template(f"{script.template}.sh.j2")
+        .render(
+            script.__dict__,
+            version=__version__,
+            options=directives(script),
+            prologue=instance.prologue,
+            program=program,
+            head=f"srun --nodes=1 --ntasks=1 {pyxis}{program}" if pyxis else program,
+            srun_options=pyxis,
+            nodes=instance.nodes,
+            world_size=instance.processes,
+            threads=instance.cpus_per_process,
+            gpus=instance.gpus_per_node,
+        )
     )
 
 
@@ -100,7 +104,10 @@ def directives(script: Script) -> list[tuple[str, str | int | None]]:
         ("no-requeue", None),
         ("nodes", i.nodes),
         ("ntasks-per-node", tasks),
-        ("cpus-per-task", i.cpus_per_process if script.template == "train" else i.cpus_per_process * i.processes_per_node),
+        (
+            "cpus-per-task",
+            i.cpus_per_process if script.template == "train" else i.cpus_per_process * i.processes_per_node,
+        ),
         ("mem", i.memory),
         ("time", i.time),
         ("partition", i.partition),
@@ -125,7 +132,9 @@ def _gpus(script: Script) -> list[tuple[str, str | int | None]]:
 def _extra(instance: Instance) -> list[tuple[str, str | int | None]]:
     extra: list[tuple[str, str | int | None]] = []
     for option, value in instance.options.items():
-        if option in RESERVED or not re.fullmatch(r"[a-z][a-z0-9-]*", option):
+        # sbatch takes any beginning of an option for the option.
+        reserved = any(name.startswith(option) for name in RESERVED)
+        if reserved or not re.fullmatch(r"[a-z][a-z0-9-]*", option):
             raise ConfigurationError(
                 f"instance '{instance.name}': the sbatch option '{option}' is not one that options may set",
                 hint="tfslurm sets it itself: use the instance's own keys.",
@@ -150,7 +159,9 @@ def _pyxis(container: Container | None) -> str:
 def _directive(value: object) -> str:
     text = str(value)
     if FORBIDDEN.search(text):
-        raise ConfigurationError(f"{text!r} cannot stand in an #SBATCH line", hint="Use no quotes, $ or control characters.")
+        raise ConfigurationError(
+            f"{text!r} cannot stand in an #SBATCH line", hint="Use no quotes, $ or control characters."
+        )
     # Outside of quotes sbatch ends an argument at a blank, and the line at a #.
     return f'"{text}"' if re.search("[ #]", text) else text
 

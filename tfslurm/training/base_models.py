@@ -13,6 +13,7 @@ from tfslurm.catalog.lifecycle import record
 from tfslurm.catalog.models import BaseModel, Job, now
 from tfslurm.errors import InvalidError, StatusError
 from tfslurm.identity import check_name, current_user
+from tfslurm.paths import STAGING
 from tfslurm.settings import Settings
 
 
@@ -27,7 +28,7 @@ def add(settings: Settings, name: str, *, path: Path | None = None, gguf: Path |
     source = (path or gguf).expanduser().absolute()
     if not source.exists():
         raise InvalidError(f"{source}: no such file or folder")
-    final, staging = settings.root.model(name), settings.root.model(f".staging-{name}")
+    final, staging = settings.root.model(name), settings.root.model(STAGING + name)
     for leftover in (staging, final):  # of an earlier attempt that was killed before its row was written
         if leftover.exists():
             remove_tree(leftover)

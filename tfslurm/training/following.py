@@ -75,7 +75,9 @@ def describe(seen: Observation) -> str:
         return f"the script ended without saying how the training went{said}"
     if seen.exit_code in (137, 143):
         # srun reports the highest code: after a kill -9 that of the processes that it ended itself.
-        return f"exit code {seen.exit_code}: a process was killed, by hand or for want of memory; see the end of the log"
+        return (
+            f"exit code {seen.exit_code}: a process was killed, by hand or for want of memory; see the end of the log"
+        )
     return f"{seen.fate.value}{said}: {seen.reason or f'exit code {seen.exit_code}'}"
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import signal
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from tfslurm.artifacts.publish import remove_tree
 from tfslurm.catalog import queries
@@ -76,6 +78,14 @@ def plan(settings: Settings, request: Request) -> Plan:
     )
     uuid, script = submissions.script_for(settings, "train", instance, settings.root.job(job_id), "job", job_id)
     return Plan(config, deepspeed_config(config), instance, uuid, script)
+
+
+def estimate(settings: Settings, made: Plan) -> str:
+    """When and where Slurm would start the job. Raises SlurmRefused with its own words where it would not."""
+    with tempfile.NamedTemporaryFile("w", suffix=".sh") as file:
+        file.write(made.script)
+        file.flush()
+        return Slurm(settings.site.slurm.command_timeout).test(Path(file.name))
 
 
 def _ready(ref: str) -> Dataset:

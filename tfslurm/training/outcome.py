@@ -80,7 +80,9 @@ def reporting(path: Path, body: Callable[[], None]) -> int:
     except Exception as error:
         traceback.print_exc()
         if not _is_witness(error):
-            _report(path, f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else '-'}")
+            _report(
+                path, f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else '-'}"
+            )
         return 1
     return 0
 

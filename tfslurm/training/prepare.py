@@ -63,12 +63,23 @@ def tokenize(dataset: DatasetRef, model: Path, cache: Path) -> TokenFile:
         field_map=dataset.field_map,
     )
     path = cache / source.file_name
-    if not path.exists():
+    if path.exists():
+        _note_use(path)
+    else:
         started = time.monotonic()
         rows = read_rows(Path(dataset.path), dataset.format, dataset.field_map)
         write_tokens(path, encode_rows(tokenizer, rows), source, tokenizer.size)
         print(f"tokenized in {time.monotonic() - started:.1f} s: {path}", flush=True)
     return TokenFile(path)
+
+
+
+def _note_use(path: Path) -> None:
+    """Let the file's time be that of its last use: `reclaim` takes those that nobody used for long."""
+    try:
+        os.utime(path)
+    except PermissionError:
+        pass  # another user's: only its age counts then
 
 
 def encode_rows(tokenizer: BaseTokenizer, rows: Iterable[Row]) -> Iterator[Encoded | Rejected]:

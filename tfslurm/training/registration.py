@@ -14,9 +14,10 @@ from tfslurm.catalog.db import write_transaction
 from tfslurm.catalog.lifecycle import record, transition
 from tfslurm.catalog.models import Artifact, Checkpoint, CheckpointStatus, Job, JobStatus, Submission, now
 from tfslurm.errors import InvalidError
+from tfslurm.faults import fault_point
 from tfslurm.files import write_json
 from tfslurm.identity import checkpoint_id
-from tfslurm.paths import JobPaths
+from tfslurm.paths import STAGING, JobPaths
 from tfslurm.settings import Settings
 from tfslurm.slurm.submissions import note_ended
 from tfslurm.training.config import TrainingConfig
@@ -36,12 +37,15 @@ def register(settings: Settings, job: Job, submission: Submission, outcome: Succ
     final = settings.root.checkpoint(name)
     metadata = _metadata(TrainingConfig.read(paths.config), outcome)
     if not final.exists():
-        _publish(paths, settings.root.checkpoint(f".staging-{name}"), final, metadata, outcome)
+        _publish(paths, settings.root.checkpoint(STAGING + name), final, metadata, outcome)
     content = manifest.read(final)
+    fault_point("register-published")
     with write_transaction():
         _insert(job, name, content, final, metadata, actor)
         transition(job, JobStatus.COMPLETED, actor=actor, ended_at=now())
         note_ended(submission)
+        fault_point("register-marked")
+    fault_point("register-ready")
 
 
 def _metadata(config: TrainingConfig, outcome: Succeeded) -> dict[str, Any]:
@@ -69,6 +73,7 @@ def _publish(paths: JobPaths, staging: Path, final: Path, metadata: dict, outcom
     if staging.exists():
         remove_tree(staging)
     shutil.copytree(paths.adapter, staging)
+    fault_point("register-copied")
     write_json(staging / METADATA, metadata)
     content = manifest.build(staging)
     _check_copied(content, outcome, paths.adapter)
