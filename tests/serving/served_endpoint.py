@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from tfslurm.artifacts import manifest
+from tfslurm.artifacts.references import BaseModelRef, CheckpointRef
 from tfslurm.files import read_json
 from tfslurm.paths import EndpointPaths
-from tfslurm.serving.config import BaseModelRef, CheckpointRef, ServingConfig
+from tfslurm.serving.config import ServingConfig
 from tfslurm.serving.engine import group
 
 REPOSITORY = Path(__file__).parents[2]

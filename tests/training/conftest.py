@@ -15,9 +15,11 @@ import msgspec
 import pytest
 
 from tfslurm.artifacts import manifest
+from tfslurm.artifacts.references import BaseModelRef, DatasetRef
 from tfslurm.files import write_json
 from tfslurm.paths import JobPaths
-from tfslurm.training.config import BaseModelRef, DatasetRef, Hyperparameters, Processes, Trainer, TrainingConfig
+from tfslurm.settings import Trainer
+from tfslurm.training.config import Hyperparameters, Processes, TrainingConfig
 from tfslurm.training.deepspeed_config import deepspeed_config
 
 HERE = Path(__file__).parent

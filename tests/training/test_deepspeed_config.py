@@ -6,7 +6,9 @@ import sys
 
 import pytest
 
-from tfslurm.training.config import BaseModelRef, DatasetRef, Hyperparameters, Trainer, TrainingConfig
+from tfslurm.artifacts.references import BaseModelRef, DatasetRef
+from tfslurm.settings import Trainer
+from tfslurm.training.config import Hyperparameters, TrainingConfig
 from tfslurm.training.deepspeed_config import deepspeed_config
 
 

@@ -6,17 +6,7 @@ from pathlib import Path
 
 import msgspec
 
-from tfslurm.training.config import BaseModelRef
-
-
-class CheckpointRef(msgspec.Struct, frozen=True, kw_only=True):
-    """A published checkpoint: the folder of a PEFT adapter."""
-
-    id: str
-    name: str
-    path: str
-    digest: str
-    lora_rank: int
+from tfslurm.artifacts.references import BaseModelRef, CheckpointRef
 
 
 class ServingConfig(msgspec.Struct, frozen=True, kw_only=True):

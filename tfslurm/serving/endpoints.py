@@ -8,6 +8,7 @@ import socket
 from dataclasses import dataclass
 
 from tfslurm.artifacts.publish import remove_tree
+from tfslurm.artifacts.references import BaseModelRef, CheckpointRef
 from tfslurm.catalog import queries
 from tfslurm.catalog.db import write_transaction
 from tfslurm.catalog.lifecycle import record, transition
@@ -17,11 +18,10 @@ from tfslurm.errors import InvalidError, StatusError
 from tfslurm.files import locked, read_json, write_atomic
 from tfslurm.identity import check_name, current_user, new_id
 from tfslurm.paths import Root
-from tfslurm.serving.config import CheckpointRef, ServingConfig
+from tfslurm.serving.config import ServingConfig
 from tfslurm.settings import Instance, Settings
 from tfslurm.slurm import local, submissions
 from tfslurm.slurm.client import Slurm
-from tfslurm.training.config import BaseModelRef
 
 NODE_BIND = "0.0.0.0"
 """On a cluster the engine answers other nodes; the key is asked for."""
@@ -61,7 +61,7 @@ def plan(settings: Settings, request: Request) -> Plan:
     config = ServingConfig(
         endpoint_id=endpoint_id,
         name=check_name(request.name),
-        checkpoint=_checkpoint_ref(checkpoint),
+        checkpoint=CheckpointRef.of(checkpoint),
         base_model=_model_ref(checkpoint),
         max_context=_context(checkpoint, request.max_context, settings.site.serving.max_context),
         precision=request.precision,
@@ -80,17 +80,6 @@ def plan(settings: Settings, request: Request) -> Plan:
     return Plan(config, instance, uuid, script)
 
 
-def _checkpoint_ref(checkpoint: Checkpoint) -> CheckpointRef:
-    registered = checkpoint.artifact
-    return CheckpointRef(
-        id=registered.id,
-        name=registered.name,
-        path=registered.location,
-        digest=registered.digest,
-        lora_rank=checkpoint.metadata["lora_rank"],
-    )
-
-
 def _model_ref(checkpoint: Checkpoint) -> BaseModelRef:
     model = checkpoint.base_model
     if model.revision != checkpoint.base_model_revision:
@@ -98,7 +87,7 @@ def _model_ref(checkpoint: Checkpoint) -> BaseModelRef:
             f"checkpoint '{checkpoint.artifact.name}' was trained on revision {checkpoint.base_model_revision} "
             f"of '{model.name}'; the one that is staged is {model.revision}"
         )
-    return BaseModelRef(name=model.name, revision=model.revision, digest=model.digest, path=model.location)
+    return BaseModelRef.of(model)
 
 
 def _context(checkpoint: Checkpoint, asked: int | None, default: int) -> int:

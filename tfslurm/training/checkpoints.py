@@ -1,7 +1,8 @@
-"""Checkpoints: deleted once nothing serves them."""
+"""Checkpoints: deleted once nothing serves them, and restored while their bytes are there."""
 
 from __future__ import annotations
 
+from tfslurm.artifacts.restore import bring_back
 from tfslurm.catalog import queries
 from tfslurm.catalog.db import write_transaction
 from tfslurm.catalog.lifecycle import transition
@@ -21,4 +22,12 @@ def delete(checkpoint: Checkpoint) -> Checkpoint:
             listed = ", ".join(f"endpoint '{endpoint.name}' ({endpoint.status})" for endpoint in serving)
             raise StatusError(f"checkpoint '{checkpoint.artifact.name}' is in use: {listed}", hint="Stop them first.")
         transition(checkpoint.artifact, CheckpointStatus.DELETED, actor=current_user(), deleted_at=now())
+    return checkpoint
+
+
+def restore(checkpoint: Checkpoint) -> Checkpoint:
+    """Take a deletion back; raises what `datasets.registry.restore` raises."""
+    with write_transaction():
+        checkpoint = queries.find_checkpoint(checkpoint.artifact_id, deleted=True)
+        bring_back(checkpoint.artifact)
     return checkpoint

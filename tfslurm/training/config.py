@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
 
 import msgspec
+
+from tfslurm.artifacts.references import BaseModelRef, DatasetRef
+from tfslurm.settings import Trainer
 
 
 class Hyperparameters(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -19,26 +21,6 @@ class Hyperparameters(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     lora_alpha: int
 
 
-class BaseModelRef(msgspec.Struct, frozen=True, kw_only=True):
-    """A staged base model: a Hugging Face folder."""
-
-    name: str
-    revision: str
-    digest: str
-    path: str
-
-
-class DatasetRef(msgspec.Struct, frozen=True, kw_only=True):
-    """A ready dataset: the folder of its canonical copy."""
-
-    id: str
-    name: str
-    format: str
-    digest: str
-    path: str
-    field_map: dict[str, str] = {}
-
-
 class Processes(msgspec.Struct, frozen=True, kw_only=True):
     """How many trainer processes run, where, with how many CPU threads each."""
 
@@ -49,21 +31,6 @@ class Processes(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def world_size(self) -> int:
         return self.nodes * self.per_node
-
-
-class Trainer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What the site chooses and the user does not see as a hyperparameter."""
-
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    attention: Literal["sdpa", "flash_attention_2"] = "sdpa"
-    micro_batch_tokens: int = 4096
-    overlong: Literal["truncate", "drop"] = "truncate"
-    warmup_ratio: float = 0.03
-    max_grad_norm: float = 1.0
-    weight_decay: float = 0.0
-    lora_dropout: float = 0.0
-    zero_stage: Literal[0, 1, 2, 3] = 1
-    gradient_checkpointing: bool = False
 
 
 class TrainingConfig(msgspec.Struct, frozen=True, kw_only=True):

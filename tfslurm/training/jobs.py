@@ -10,10 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tfslurm.artifacts.publish import remove_tree
+from tfslurm.artifacts.references import BaseModelRef, DatasetRef
 from tfslurm.catalog import queries
 from tfslurm.catalog.db import write_transaction
 from tfslurm.catalog.lifecycle import record, transition
-from tfslurm.catalog.models import BaseModel, Dataset, DatasetStatus, Job, JobStatus, Submission, now
+from tfslurm.catalog.models import Dataset, DatasetStatus, Job, JobStatus, Submission, now
 from tfslurm.catalog.views import digest_of
 from tfslurm.errors import InvalidError, StatusError
 from tfslurm.files import write_atomic
@@ -21,7 +22,7 @@ from tfslurm.identity import check_name, current_user, new_id
 from tfslurm.settings import Instance, Settings
 from tfslurm.slurm import local, submissions
 from tfslurm.slurm.client import Slurm
-from tfslurm.training.config import BaseModelRef, DatasetRef, Processes, TrainingConfig
+from tfslurm.training.config import Processes, TrainingConfig
 from tfslurm.training.deepspeed_config import deepspeed_config
 from tfslurm.training.hyperparameters import resolve
 
@@ -64,8 +65,8 @@ def plan(settings: Settings, request: Request) -> Plan:
     config = TrainingConfig(
         job_id=job_id,
         name=check_name(request.name) if request.name else f"{dataset.artifact.name[:46]}-{job_id[-8:]}",
-        base_model=_model_ref(model),
-        dataset=_dataset_ref(dataset),
+        base_model=BaseModelRef.of(model),
+        dataset=DatasetRef.of(dataset),
         hyperparameters=resolve(
             request.hyperparameters, allowed.hyperparameters, longest=model.metadata.get("max_position_embeddings")
         ),
@@ -98,22 +99,6 @@ def _ready(ref: str) -> Dataset:
             else None,
         )
     return dataset
-
-
-def _model_ref(model: BaseModel) -> BaseModelRef:
-    return BaseModelRef(name=model.name, revision=model.revision, digest=model.digest, path=model.location)
-
-
-def _dataset_ref(dataset: Dataset) -> DatasetRef:
-    registered = dataset.artifact
-    return DatasetRef(
-        id=registered.id,
-        name=registered.name,
-        format=dataset.format,
-        digest=registered.digest,
-        path=registered.location,
-        field_map=dataset.field_map,
-    )
 
 
 def create(settings: Settings, made: Plan) -> Job:

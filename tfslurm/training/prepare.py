@@ -14,11 +14,12 @@ from itertools import islice
 from pathlib import Path
 
 from tfslurm.artifacts.manifest import verify_folder
+from tfslurm.artifacts.references import DatasetRef
 from tfslurm.datasets.formats import Row, read_rows
 from tfslurm.errors import InvalidError
 from tfslurm.paths import JobPaths
 from tfslurm.training.base_tokenizer import BaseTokenizer
-from tfslurm.training.config import DatasetRef, TrainingConfig
+from tfslurm.training.config import TrainingConfig
 from tfslurm.training.masks import Encoded, Rejected, RowEncoder
 from tfslurm.training.outcome import reporting
 from tfslurm.training.plan import Plan, make_plan
@@ -71,7 +72,6 @@ def tokenize(dataset: DatasetRef, model: Path, cache: Path) -> TokenFile:
         write_tokens(path, encode_rows(tokenizer, rows), source, tokenizer.size)
         print(f"tokenized in {time.monotonic() - started:.1f} s: {path}", flush=True)
     return TokenFile(path)
-
 
 
 def _note_use(path: Path) -> None:
