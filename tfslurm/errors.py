@@ -1,16 +1,16 @@
 """One tree of errors; each carries the exit code that the command line ends with.
 
-    TfslurmError (1)
-    ├── UsageError (2)
-    ├── NotFoundError (3)
-    ├── StatusError (4)
-    ├── InvalidError (5)
-    │   ├── ConfigurationError
-    │   └── ValidationError
-    ├── NotPermittedError (6)
-    ├── UnreachableError (7)
-    ├── WaitTimeout (8)
-    └── EndedBadly (9)
+TfslurmError (1)
+├── UsageError (2)
+├── NotFoundError (3)
+├── StatusError (4)
+├── InvalidError (5)
+│   ├── ConfigurationError
+│   └── ValidationError
+├── NotPermittedError (6)
+├── UnreachableError (7)
+├── WaitTimeout (8)
+└── EndedBadly (9)
 """
 
 from __future__ import annotations

@@ -5,7 +5,6 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +17,8 @@ def write_atomic(path: Path, data: bytes | str, *, mode: int = 0o644) -> None:
     The bytes go to a temporary name in the same folder, are flushed to disk and renamed;
     on failure the temporary file is removed and `path` is as it was.
     """
+    import tempfile  # with all that it imports, as long to load as the rest of a listing's own modules
+
     if isinstance(data, str):
         data = data.encode()
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -69,15 +70,15 @@ def tail(path: Path, lines: int = 20, *, limit: int = 64 * 1024) -> list[str]:
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[None]:
+def locked(path: Path, *, wait: bool = True) -> Iterator[None]:
     """One process at a time between here and there; the kernel frees the lock of one that dies.
 
     The lock's file is removed at the end. Whoever waited for a file that is gone by then takes a new one:
-    flock(2) locks the file, not its name.
+    flock(2) locks the file, not its name. Without `wait`, raises BlockingIOError while another process is there.
     """
     while True:
         with open(path, "a") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.fstat(file.fileno()).st_nlink:
                 try:
                     yield

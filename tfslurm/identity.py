@@ -39,6 +39,11 @@ def checkpoint_id(job_id: str) -> str:
     return f"{PREFIXES['checkpoint']}-{job_id.partition('-')[2]}"
 
 
+def job_id_of(checkpoint: str) -> str:
+    """The id of the job that may produce the checkpoint of this id."""
+    return f"{PREFIXES['job']}-{checkpoint.partition('-')[2]}"
+
+
 def check_name(name: str) -> str:
     """`name`, if an object may be called so.
 

@@ -33,6 +33,7 @@ Loader.add_implicit_resolver(
     re.compile(r"[-+]?([0-9]+\.[0-9]*([eE][-+]?[0-9]+)?|\.[0-9]+([eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+)$"),
     list("-+0123456789."),
 )
+Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(loader.construct_scalar(node)))  # 010 is 10
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,13 @@ class Layers:
         return cls(tuple(found), data)
 
     def overlaid(self, below: tuple[str, ...], above: tuple[str, ...]) -> Layers:
-        """The mapping at `above` laid over the one at `below`; either may be missing."""
+        """The mapping at `above` laid over the one at `below`; either may be missing.
+
+        Raises ConfigurationError where one is something else.
+        """
+        for keys in (below, above):
+            if not isinstance(found := _at(self.data, keys), dict | None):
+                raise self._located(f"Expected `object`, got `{type(found).__name__}`", keys)
         data = _merge(_at(self.data, below) or {}, _at(self.data, above) or {})
         return Layers(self.files, data, (above, below))
 

@@ -5,6 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+STAGING = ".staging-"
+"""What the folder of an artifact is called while it grows, beside where it will be."""
+
+LOCK = ".lock-"
+"""What the file is called that one process at a time holds while it makes an artifact."""
+
 
 @dataclass(frozen=True)
 class Root:
@@ -36,6 +42,11 @@ class Root:
     @property
     def tokens(self) -> Path:
         return self.cache / "tokens"
+
+    @property
+    def trash(self) -> Path:
+        """What is on its way out, each with the moment at which it came here in its name."""
+        return self.path / "trash"
 
     def assembling(self, dataset_id: str) -> Path:
         """Where a dataset's owner writes until it is sealed."""
@@ -79,12 +90,12 @@ class RunPaths:
 
     @property
     def started(self) -> Path:
-        """`{slurm_job_id, attempt, node, address, pid, at}` of the newest attempt."""
+        """`{uuid, slurm_job_id, attempt, node, address, pid, ticks, at}` of the newest attempt."""
         return self.folder / "started.json"
 
     @property
     def exit(self) -> Path:
-        """`{attempt, exit_code, at}`, written by the script's exit trap."""
+        """`{uuid, attempt, exit_code, at}`, written by the script's exit trap."""
         return self.folder / "exit.json"
 
     @property
@@ -106,7 +117,6 @@ class RunPaths:
         return self.logs / f"attempt-{attempt}.log"
 
 
-@dataclass(frozen=True)
 class JobPaths(RunPaths):
     """A fine-tuning job's folder."""
 
@@ -145,7 +155,6 @@ class JobPaths(RunPaths):
         return self.folder / "adapter"
 
 
-@dataclass(frozen=True)
 class EndpointPaths(RunPaths):
     """An inference endpoint's folder."""
 
@@ -169,16 +178,35 @@ class EndpointPaths(RunPaths):
         return self.logs / "engine.log"
 
 
-@dataclass(frozen=True)
 class ImportPaths(RunPaths):
     """The folder of an import that runs in the background."""
 
     @property
     def config(self) -> Path:
-        """`{dataset_id, source, format, field_map}`."""
+        """`{dataset_id, source, format, field_map, staging, instance}`; no secret of the source is in it."""
         return self.folder / "import.json"
 
     @property
+    def source(self) -> Path:
+        """The source as it was given, mode 0600, where it holds a secret; removed when the import ends."""
+        return self.folder / "source"
+
+    @property
+    def spool(self) -> Path:
+        """What was downloaded so far, with its journal; removed when the import ends."""
+        return self.folder / "spool"
+
+    @property
+    def objects(self) -> Path:
+        """The source's objects, under their names in the dataset."""
+        return self.spool / "objects"
+
+    @property
+    def lock(self) -> Path:
+        """Held by the one process that imports."""
+        return self.folder / "lock"
+
+    @property
     def progress(self) -> Path:
-        """`{bytes_done, bytes_total, at}`."""
+        """`{phase, bytes_done, bytes_total, at}`; the phase is `download` or `ingest`."""
         return self.folder / "progress.json"

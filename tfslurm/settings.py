@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import shutil
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 
@@ -17,7 +16,6 @@ from tfslurm import configs
 from tfslurm.errors import ConfigurationError, InvalidError, NotFoundError
 from tfslurm.layers import Layers
 from tfslurm.paths import Root
-from tfslurm.training.config import Trainer
 
 Purpose = Literal["training", "serving", "import"]
 
@@ -48,6 +46,22 @@ class SlurmSite(Strict):
     qos: str | None = None
 
 
+class Trainer(Strict):
+    """What the site chooses and the user does not see as a hyperparameter."""
+
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    attention: Literal["sdpa", "flash_attention_2"] = "sdpa"
+    micro_batch_tokens: int = 4096
+    overlong: Literal["truncate", "drop"] = "truncate"
+    warmup_ratio: float = 0.03
+    max_grad_norm: float = 1.0
+    weight_decay: float = 0.0
+    lora_dropout: float = 0.0
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    gradient_checkpointing: bool = False
+    verify_days: float = 7.0
+
+
 class TrainingSite(Strict):
     """What every fine-tuning job starts from."""
 
@@ -69,6 +83,17 @@ class ImportSite(Strict):
     instance: str = "auto"
 
 
+Days = Annotated[float, msgspec.Meta(ge=0)]
+
+
+class ReclaimSite(Strict):
+    """How long bytes that nobody needs stay, in days."""
+
+    grace: Days = 7.0
+    trash_grace: Days = 2.0
+    unused_tokens: Days = 30.0
+
+
 class Site(Strict):
     """The content of site.yaml."""
 
@@ -79,6 +104,7 @@ class Site(Strict):
     training: TrainingSite = TrainingSite()
     serving: ServingSite = ServingSite()
     imports: ImportSite = ImportSite()
+    reclaim: ReclaimSite = ReclaimSite()
 
 
 class Container(Strict):
@@ -99,6 +125,9 @@ class Prologue(Strict):
     commands: list[str] = []
 
 
+Count = Annotated[int, msgspec.Meta(ge=1)]
+
+
 class Instance(Strict):
     """A named size of machine: what is asked of Slurm, or of this machine."""
 
@@ -107,10 +136,10 @@ class Instance(Strict):
     purposes: tuple[Purpose, ...] = ("training", "serving", "import")
     launcher: Literal["slurm", "local"] = "slurm"
     partition: str | None = None
-    nodes: int = 1
-    processes_per_node: int = 1
-    cpus_per_process: int = 1
-    gpus_per_node: int = 0
+    nodes: Count = 1
+    processes_per_node: Count = 1
+    cpus_per_process: Count = 1
+    gpus_per_node: Annotated[int, msgspec.Meta(ge=0)] = 0
     gpu_type: str | None = None
     gpu_request: Literal["gres", "gpus-per-node"] | None = None
     memory: str | None = None
@@ -136,6 +165,10 @@ class Range(Strict):
     minimum: float
     maximum: float
 
+    def __post_init__(self) -> None:
+        if not self.minimum <= self.default <= self.maximum:
+            raise ValueError(f"the default {self.default:g} is not between {self.minimum:g} and {self.maximum:g}")
+
 
 class HyperparameterRanges(Strict):
     """A range for each of the six numbers."""
@@ -155,6 +188,19 @@ class ModelSettings(Strict):
     formats: tuple[str, ...] = ("conversational", "instruction", "text", "pretokenized")
 
 
+class InstancesFile(Strict):
+    """The top of instances.yaml; null removes an instance of the file below."""
+
+    instances: dict[str, Any]
+
+
+class ModelsFile(Strict):
+    """The top of models.yaml."""
+
+    defaults: dict
+    models: dict[str, Any] = {}
+
+
 @dataclass(frozen=True)
 class Settings:
     """All three files; instances and models are read when they are first asked for."""
@@ -164,7 +210,7 @@ class Settings:
     config: Path | None
     """The site's own file, where there is one."""
 
-    @property
+    @cached_property
     def root(self) -> Root:
         return Root(Path(self.site.root))
 
@@ -180,8 +226,8 @@ class Settings:
     def instances(self) -> dict[str, Instance]:
         """Every instance by name, in the order of the file: the smallest first."""
         layers = self.instance_layers
-        names = layers.data.get("instances") or {}
-        return {name: layers.convert(Instance, "instances", name, name=name) for name in names if names[name]}
+        named = layers.convert(InstancesFile).instances
+        return {n: layers.convert(Instance, "instances", n, name=n) for n in named if named[n] is not None}
 
     def instance(self, name: str, purpose: Purpose) -> Instance:
         """The instance that `name` means for `purpose`; `auto` is the first that this machine can use.
@@ -190,6 +236,8 @@ class Settings:
         """
         usable = [i for i in self.instances.values() if purpose in i.purposes]
         if name == "auto":
+            import shutil  # no listing needs it
+
             launcher = "slurm" if shutil.which("sbatch") else "local"
             usable.sort(key=lambda i: i.launcher != launcher)
             if not usable:
@@ -205,6 +253,7 @@ class Settings:
 
     def model(self, name: str) -> ModelSettings:
         """What models.yaml says of the base model: its own entry over `defaults`."""
+        self.model_layers.convert(ModelsFile)
         return self.model_layers.overlaid(("defaults",), ("models", name)).convert(ModelSettings)
 
     def python(self, environment: Literal["core", "train", "serve"]) -> str:

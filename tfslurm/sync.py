@@ -20,7 +20,6 @@ from tfslurm.serving import following as serving
 from tfslurm.settings import Settings
 from tfslurm.slurm.client import Slurm
 from tfslurm.slurm.executors import Handed, launcher
-from tfslurm.slurm.local import handle
 from tfslurm.slurm.observe import UNKNOWN, Observation, observe
 from tfslurm.slurm.states import Fate
 from tfslurm.slurm.submissions import folder_of, note_handed
@@ -112,7 +111,7 @@ def _find(settings: Settings, submission: Submission, slurm: Slurm) -> Handed | 
     started = read_json(folder_of(settings.root, submission).started)
     if started and started["uuid"] == submission.uuid:
         if submission.launcher == "local":
-            return Handed(started["node"], handle(started["pid"]))
+            return Handed(started["node"], f"{started['pid']}:{started['ticks']}")
         return Handed(slurm.cluster(), started["slurm_job_id"])
     job_id = slurm.find(submission.uuid) if submission.launcher == "slurm" else None
     return Handed(slurm.cluster(), job_id) if job_id else None

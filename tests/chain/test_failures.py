@@ -71,7 +71,8 @@ def test_a_dry_run_prints_what_would_run_and_slurms_estimate_and_changes_nothing
     said = site("job", "create", "--model", MODEL, "--dataset", "chats", "--dry-run").stdout
     assert all(part in said for part in ('"effective_batch_size": 8', '"zero_optimization"', "#SBATCH --job-name="))
     assert "to start at" in said.partition("# --- sbatch --test-only")[2]
-    refused = site("job", "create", "--model", MODEL, "--dataset", "chats", "--dry-run", "--instance", "nowhere", expect=5)
+    nowhere = ("--dry-run", "--instance", "nowhere")
+    refused = site("job", "create", "--model", MODEL, "--dataset", "chats", *nowhere, expect=5)
     assert "nvalid partition" in refused.stderr
     assert site.json("job", "list") == before
 

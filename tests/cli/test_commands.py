@@ -74,9 +74,7 @@ def test_each_shell_gets_its_completion_script(cli, shell):
 def completed(installation, line):
     """What bash offers for the last word of `line`."""
     words = line.split(" ")
-    done = installation.run(
-        _TFSLURM_COMPLETE="bash_complete", COMP_WORDS=line, COMP_CWORD=str(len(words) - 1), check=0
-    )
+    done = installation.run(_TFSLURM_COMPLETE="bash_complete", COMP_WORDS=line, COMP_CWORD=str(len(words) - 1), check=0)
     return [word.partition(",")[2] for word in done.stdout.split()]
 
 

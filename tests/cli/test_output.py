@@ -27,11 +27,11 @@ KEYS = {
 """From cli.md: at the least these. What is there beside them is below."""
 
 MORE = {
-    "dataset": "field_map source deleted_at progress",
+    "dataset": "field_map source deleted_at reclaimed_at progress",
     "job": "kind seed location slurm_state slurm_reason log_tail",
-    "checkpoint": "owner created_at deleted_at",
+    "checkpoint": "owner created_at deleted_at reclaimed_at",
     "endpoint": "kind base_model slurm_state slurm_reason error log_tail started_at ended_at",
-    "artifact": "owner created_at deleted_at",
+    "artifact": "owner created_at deleted_at reclaimed_at",
     "lineage": "",
 }
 

@@ -13,7 +13,7 @@ from dataset_rows import ROWS
 
 from tfslurm.artifacts import manifest
 from tfslurm.artifacts.publish import publish, remove_tree
-from tfslurm.datasets import ingest as module
+from tfslurm.datasets import copying, scan
 from tfslurm.datasets.formats import read_rows
 from tfslurm.datasets.ingest import ingest
 from tfslurm.errors import InvalidError, UnreachableError, ValidationError
@@ -82,7 +82,7 @@ def test_what_a_killed_attempt_left_is_replaced(write, tmp_path):
 
 @pytest.mark.parametrize("change", ["append", "overwrite", "replace", "truncate"])
 def test_a_file_that_changes_while_it_is_copied_is_an_error(write, tmp_path, monkeypatch, change):
-    monkeypatch.setattr(module, "BLOCK", 4096)
+    monkeypatch.setattr(scan, "CHUNK", 4096)
     folder = write(*[{"text": f"row {number}"} for number in range(1000)])
     path, changed = folder / "a.jsonl", []
 
@@ -97,7 +97,7 @@ def test_a_file_that_changes_while_it_is_copied_is_an_error(write, tmp_path, mon
             with open(path, "ab" if change == "append" else "r+b") as file:
                 file.truncate(8000) if change == "truncate" else file.write(b'{"text": "x"}')
 
-    with pytest.raises(InvalidError, match="changed while it was copied"):
+    with pytest.raises(InvalidError, match="changed while it was read"):
         ingest(folder, tmp_path / "staging", format="text", progress=meanwhile)
     assert changed
     assert not (tmp_path / "staging").exists()
@@ -117,7 +117,7 @@ def test_a_full_disk_is_a_clear_error_and_leaves_nothing(write, tmp_path, monkey
 
         (small / "other").unlink()
         one = write({"text": "y" * 600_000}, name="b.jsonl") / "b.jsonl"
-        monkeypatch.setattr(module, "BLOCK", 65536)
+        monkeypatch.setattr(scan, "CHUNK", 65536)
         with pytest.raises(UnreachableError, match="disk is full"):
             ingest(one, small / "staging", format="text", progress=take_all_room(small))
         assert os.listdir(small) == ["other"]
@@ -158,7 +158,7 @@ def test_blocks_are_shared_where_the_filesystem_can_and_the_inode_is_new(tmp_pat
         source = disk / "a.jsonl"
         shutil.copyfile(write(*[{"text": f"row {number}"} for number in range(10_000)]) / "a.jsonl", source)
         with open(source, "rb") as opened, open(disk / "clone", "wb") as cloned:
-            assert module._clone(opened.fileno(), cloned.fileno())
+            assert copying.clone(opened.fileno(), cloned.fileno())
         done = ingest(source, disk / "staging", format="text")
         assert done.manifest.entries[0].sha256 == hashlib.sha256(source.read_bytes()).hexdigest()
         assert (disk / "staging/a.jsonl").stat().st_ino != source.stat().st_ino

@@ -111,6 +111,7 @@ def _empty(folder: int) -> None:
             continue
         if not is_folder:
             _quietly(os.unlink, name, dir_fd=folder)
+            fault_point("tree-part-removed")
             continue
         inner = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=folder)
         try:

@@ -98,9 +98,10 @@ def journal_mode(folder: Path) -> str:
 
 
 NETWORK_FILESYSTEMS = frozenset(
-    "nfs nfs4 cifs smb3 lustre gpfs beegfs ceph fuse.ceph glusterfs fuse.glusterfs afs 9p pvfs2 fuse.sshfs wekafs vastfs"
-    .split()
+    "nfs nfs4 cifs smb3 afs 9p ceph fuse.ceph glusterfs fuse.glusterfs fuse.sshfs "
+    "lustre gpfs beegfs pvfs2 wekafs vastfs".split()
 )
+"""As /proc/self/mountinfo names them."""
 
 
 def filesystem(folder: Path) -> str:

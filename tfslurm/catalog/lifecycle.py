@@ -28,7 +28,7 @@ TRANSITIONS: dict[str, dict[StrEnum, frozenset[StrEnum]]] = {
         D.ASSEMBLING: frozenset({D.READY, D.ERROR, D.DELETED}),
         D.READY: frozenset({D.DELETED}),
         D.ERROR: frozenset({D.DELETED}),
-        D.DELETED: frozenset(),
+        D.DELETED: frozenset({D.ASSEMBLING, D.READY, D.ERROR}),
     },
     "job": {
         J.PENDING: frozenset({J.RUNNING, J.STOPPING, J.ERROR}),
@@ -38,7 +38,7 @@ TRANSITIONS: dict[str, dict[StrEnum, frozenset[StrEnum]]] = {
         J.COMPLETED: frozenset(),
         J.ERROR: frozenset(),
     },
-    "checkpoint": {C.READY: frozenset({C.DELETED}), C.DELETED: frozenset()},
+    "checkpoint": {C.READY: frozenset({C.DELETED}), C.DELETED: frozenset({C.READY})},
     "endpoint": {
         E.PENDING: frozenset({E.STARTING, E.STOPPING, E.ERROR}),
         E.STARTING: frozenset({E.HEALTHY, E.UNHEALTHY, E.STOPPING, E.ERROR, E.PENDING}),

@@ -115,6 +115,8 @@ class Artifact(Table):
     created_at = TimeField()
     sealed_at = TimeField(null=True)
     deleted_at = TimeField(null=True)
+    reclaimed_at = TimeField(null=True)
+    """When a deleted one's bytes were given up: from then on it cannot be restored. Its row stays for ever."""
 
 
 # A name is free again once what it named is deleted.

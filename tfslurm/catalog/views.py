@@ -48,6 +48,7 @@ def artifact_view(row: Artifact) -> View:
         "owner": row.owner,
         "created_at": time(row.created_at),
         "deleted_at": time(row.deleted_at),
+        "reclaimed_at": time(row.reclaimed_at),
     }
 
 
@@ -71,6 +72,7 @@ def dataset_view(row: Dataset, root: Root) -> View:
         "created_at": time(registered.created_at),
         "sealed_at": time(registered.sealed_at),
         "deleted_at": time(registered.deleted_at),
+        "reclaimed_at": time(registered.reclaimed_at),
         "progress": read_json(root.import_(registered.id).progress) if _importing(row) else None,
         "error": registered.error,
     }
@@ -163,6 +165,7 @@ def checkpoint_view(row: Checkpoint) -> View:
         "owner": registered.owner,
         "created_at": time(registered.created_at),
         "deleted_at": time(registered.deleted_at),
+        "reclaimed_at": time(registered.reclaimed_at),
     }
 
 

@@ -28,7 +28,9 @@ def list_(context: Context, output: str, **page: Any) -> None:
     from tfslurm.catalog.views import checkpoint_view
 
     views = (checkpoint_view(row) for row in paged(checkpoints(), Artifact, Page(**page)))
-    print_rows(views, output, ("id", "name", "status", "base_model", "job", "size_bytes", "created_at"))
+    columns = ("id", "name", "status", "base_model", "job", "size_bytes", "created_at")
+    columns += ("deleted_at", "reclaimed_at") if page["status"] == "deleted" else ()
+    print_rows(views, output, columns)
 
 
 @checkpoint.command()
@@ -75,3 +77,17 @@ def delete(context: Context, ref: str, yes: bool) -> None:
     confirm(f"Delete checkpoint '{row.artifact.name}'?", yes)
     soft_delete(row)
     click.echo(f"checkpoint '{row.artifact.name}' is deleted")
+
+
+@checkpoint.command()
+@reference("checkpoint")
+@output_options
+@pass_context
+def restore(context: Context, ref: str, output: str) -> None:
+    """Take a deletion back, while the bytes are there."""
+    context.open()
+    from tfslurm.catalog.queries import find_checkpoint
+    from tfslurm.catalog.views import checkpoint_view
+    from tfslurm.training.checkpoints import restore as bring_back
+
+    print_one(checkpoint_view(bring_back(find_checkpoint(ref, deleted=True))), output)

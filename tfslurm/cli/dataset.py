@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +12,7 @@ import click
 
 from tfslurm.cli.context import Context, pass_context
 from tfslurm.cli.options import confirm, listing_options, reference, yes_option
-from tfslurm.cli.output import output_options, print_one, print_rows, progress_bar
+from tfslurm.cli.output import human_size, output_options, print_one, print_rows, progress_bar
 
 FORMATS = click.Choice(["conversational", "instruction", "text", "pretokenized"])
 
@@ -100,23 +103,47 @@ def seal(context: Context, ref: str, output: str) -> None:
 @output_options
 @pass_context
 def import_(
-    context: Context, name: str, source: str, format: str, maps: tuple[str, ...], instance: str | None, wait: bool,
+    context: Context,
+    name: str,
+    source: str,
+    format: str,
+    maps: tuple[str, ...],
+    instance: str | None,
+    wait: bool,
     output: str,
 ) -> None:
-    """Copy a file, a folder or a glob in the background, validate it and seal it.
+    """Copy files in the background, validate them and seal them.
+
+    SOURCE is a file, a folder or a glob ('**' goes into subfolders), s3://BUCKET/KEY, gs://BUCKET/KEY or
+    hf://datasets/OWNER/NAME/FILE (files, folders and globs too), a file on a web server, or - for standard input.
+    Quote what has *, ? or & in it. A download that is interrupted goes on where it was.
+
+    Credentials are those of the user who imports, where the copy runs: ~/.aws, ~/.config/gcloud,
+    ~/.cache/huggingface, ~/.netrc. Variables such as AWS_PROFILE do not travel to a Slurm job: set them in the
+    instance's prologue. The query and the password of a URL are not recorded.
 
     \b
     Examples:
       tfslurm dataset import chats /shared/chats/2026 --format conversational --wait
+      tfslurm dataset import chats '/shared/chats/**/*.jsonl.gz' --format conversational
       tfslurm dataset import gsm8k train.jsonl --format instruction --map prompt=question --map response=answer
+      tfslurm dataset import tickets s3://acme-data/tickets/2026/ --format conversational
+      tfslurm dataset import tickets 'gs://acme-data/tickets/*.jsonl.zst' --format conversational
+      tfslurm dataset import books hf://datasets/acme/books@main/data/train.jsonl --format text
+      tfslurm dataset import signed 'https://data.example.org/train.jsonl?X-Amz-Signature=...' --format text
+      jq -c '.[]' array.json | tfslurm dataset import piped - --format instruction
     """
     field_map = parse_map(maps)
     settings = context.open()
     from tfslurm.catalog.queries import find_dataset
     from tfslurm.catalog.views import dataset_view
     from tfslurm.datasets.importing import start
+    from tfslurm.datasets.sources import STDIN, Source
 
-    row = start(settings, name, format, field_map, source, instance)
+    shown = Source.parse(source).shown
+    sys.argv = [shown if word == source else word for word in sys.argv]  # the log of an unexpected error quotes it
+    with _spooling(source == STDIN) as (stream, progress):
+        row = start(settings, name, format, field_map, source, instance, stream=stream, progress=progress)
 
     def look() -> dict[str, Any]:
         return dataset_view(find_dataset(row.artifact_id, deleted=True), settings.root)
@@ -128,10 +155,33 @@ def import_(
     print_one(look(), output)
 
 
+@contextmanager
+def _spooling(wanted: bool) -> Iterator[tuple[Any, Any]]:
+    """Standard input, and what shows how much of it has come: a bar where its length is known."""
+    if not wanted:
+        yield None, None
+        return
+    stream = click.get_binary_stream("stdin")
+    if stream.isatty():
+        raise click.UsageError("Standard input is a terminal: pipe the data in.")
+    with progress_bar("Reading") as bar:
+
+        def update(done: int, total: int) -> None:
+            if total:
+                bar(done, total)
+            elif sys.stderr.isatty():
+                click.echo(f"\r\x1b[KReading {human_size(done)}", err=True, nl=False)
+
+        yield stream, update
+    if sys.stderr.isatty():
+        click.echo(err=True)
+
+
 def _import_line(view: dict[str, Any]) -> str:
     done = view["progress"]
     share = f" {done['bytes_done'] / max(1, done['bytes_total']):.0%}" if done else ""
-    return f"importing '{view['name']}': {view['status']}{share}"
+    phase = "downloading" if done and done.get("phase") == "download" else "importing"
+    return f"{phase} '{view['name']}': {view['status']}{share}"
 
 
 @dataset.command()
@@ -174,6 +224,7 @@ def list_(context: Context, format: str | None, output: str, **page: Any) -> Non
         rows, key = rows.where(Dataset.format == format), Dataset.artifact
     rows = paged(rows, Artifact, Page(**page), key=key)
     columns = ("id", "name", "format", "status", "row_count", "size_bytes", "owner", "created_at")
+    columns += ("deleted_at", "reclaimed_at") if page["status"] == "deleted" else ()
     if output == "table":
         # Not whole objects: with a thousand datasets they would take as long as all the rest.
         shown = (getattr(Dataset if name in ("format", "row_count") else Artifact, name) for name in columns)
@@ -314,3 +365,17 @@ def unmount(context: Context, destination: Path) -> None:
     from tfslurm.datasets.mounts import unmount as take_away
 
     click.echo(f"{take_away(destination).path} is no longer mounted")
+
+
+@dataset.command()
+@reference("dataset")
+@output_options
+@pass_context
+def restore(context: Context, ref: str, output: str) -> None:
+    """Take a deletion back, while the bytes are there."""
+    settings = context.open()
+    from tfslurm.catalog.queries import find_dataset
+    from tfslurm.catalog.views import dataset_view
+    from tfslurm.datasets.registry import restore as bring_back
+
+    print_one(dataset_view(bring_back(find_dataset(ref, deleted=True)), settings.root), output)

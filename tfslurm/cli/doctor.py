@@ -28,9 +28,7 @@ def doctor(context: Context, show_settings: bool, output: str) -> None:
         return print_rows(rows, output, ("key", "value", "from"))
     from tfslurm.installation import examine
 
-    rows = [
-        {"check": f.check, "result": f.result, "said": f.said, "cure": f.cure} for f in examine(context.settings)
-    ]
+    rows = [{"check": f.check, "result": f.result, "said": f.said, "cure": f.cure} for f in examine(context.settings)]
     sources = [str(file) for file in context.settings.site_layers.files]
     if output == "table":
         click.echo(f"Configuration: {', over '.join(reversed(sources))}")

@@ -39,8 +39,16 @@ def _view(settings: Any, ref: str) -> dict[str, Any]:
 @output_options
 @pass_context
 def create(
-    context: Context, name: str, checkpoint: str, instance: str | None, max_context: int | None, precision: str,
-    quantization: str | None, wait: bool, timeout: float | None, output: str,
+    context: Context,
+    name: str,
+    checkpoint: str,
+    instance: str | None,
+    max_context: int | None,
+    precision: str,
+    quantization: str | None,
+    wait: bool,
+    timeout: float | None,
+    output: str,
 ) -> None:
     """Serve a checkpoint. The API key is shown here, once.
 
@@ -130,9 +138,7 @@ def chat(context: Context, ref: str, prompt: str, model: str | None, max_tokens:
         raise StatusError(f"endpoint '{row.name}' is {row.status}", hint=f"See `tfslurm endpoint show {row.name}`.")
     key = read_key(settings.root.endpoint(row.id).key)
     messages = [{"role": "user", "content": prompt}]
-    for piece in stream_chat(
-        row.url, key, model or row.name, messages, max_tokens=max_tokens, temperature=temperature
-    ):
+    for piece in stream_chat(row.url, key, model or row.name, messages, max_tokens=max_tokens, temperature=temperature):
         click.echo(piece, nl=False)
     click.echo()
 

@@ -46,8 +46,17 @@ def _view(settings: Any, ref: str) -> dict[str, Any]:
 @output_options
 @pass_context
 def create(
-    context: Context, model: str, dataset: str, instance: str | None, name: str | None, seed: int, dry_run: bool,
-    wait: bool, timeout: float | None, output: str, **hyperparameters: float | None,
+    context: Context,
+    model: str,
+    dataset: str,
+    instance: str | None,
+    name: str | None,
+    seed: int,
+    dry_run: bool,
+    wait: bool,
+    timeout: float | None,
+    output: str,
+    **hyperparameters: float | None,
 ) -> None:
     """Start a fine-tuning job.
 
@@ -63,27 +72,35 @@ def create(
 
     made = plan(settings, Request(model, dataset, hyperparameters, instance, name, seed))
     if dry_run:
-        return _print_plan(made)
+        return _print_plan(settings, made)
     row = submit(settings, made)
     if wait:
         _wait(settings, row.id, timeout)
     return print_one(_view(settings, row.id), output)
 
 
-def _print_plan(made: Any) -> None:
+def _print_plan(settings: Any, made: Any) -> None:
+    from tfslurm.training.jobs import estimate
+
     for title, text in (
         ("training.json", made.config.encode().decode()),
         ("deepspeed.json", json.dumps(made.deepspeed, indent=2) + "\n"),
         ("script.sh", made.script),
     ):
         click.echo(f"# --- {title}\n{text}")
+    if made.instance.launcher == "slurm":
+        click.echo(f"# --- sbatch --test-only\n{estimate(settings, made)}")
 
 
 def _wait(settings: Any, ref: str, timeout: float | None) -> dict[str, Any]:
     from tfslurm.cli.waiting import wait_for
 
     return wait_for(
-        settings, lambda: _view(settings, ref), good={"completed"}, bad={"error", "stopped"}, timeout=timeout,
+        settings,
+        lambda: _view(settings, ref),
+        good={"completed"},
+        bad={"error", "stopped"},
+        timeout=timeout,
         line=_progress_line,
     )
 

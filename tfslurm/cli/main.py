@@ -16,6 +16,7 @@ from tfslurm.cli.context import Context
 from tfslurm.errors import NotPermittedError, TfslurmError
 
 COMMANDS = {
+    "admin": "admin:admin",
     "artifact": "artifact:artifact",
     "checkpoint": "checkpoint:checkpoint",
     "completion": "completion:completion",
@@ -26,6 +27,7 @@ COMMANDS = {
     "job": "job:job",
     "lineage": "lineage:lineage",
     "model": "model:model",
+    "reclaim": "reclaim:reclaim",
     "sync": "sync:sync",
 }
 """Each command's module and name below tfslurm.cli; a module is imported when its command is asked for."""

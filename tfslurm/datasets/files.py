@@ -263,14 +263,22 @@ def open_lines(
     again. `descriptor` is read (and closed) instead of opening `path`; `on_read` gets the length of
     each read from the file. Raises DamagedFile.
     """
+    with open_content(path, descriptor, on_read) as content, io.BufferedReader(content, BUFFER) as stream:
+        yield _lines(stream)
+
+
+@contextmanager
+def open_content(
+    path: Path, descriptor: int | None = None, on_read: Callable[[int], None] | None = None
+) -> Iterator[io.RawIOBase]:
+    """The bytes of a data file, decompressed as its name says; otherwise as `open_lines`."""
     with open(path if descriptor is None else descriptor, "rb", buffering=0) as file:
         raw = _Watched(file, on_read) if on_read else file
         content, damage = _decompressed(path, raw)
-        with io.BufferedReader(content, BUFFER) as stream:
-            try:
-                yield _lines(stream)
-            except damage as error:
-                raise DamagedFile(f"{path}: the compressed data is damaged or cut off: {error}") from error
+        try:
+            yield content
+        except damage as error:
+            raise DamagedFile(f"{path}: the compressed data is damaged or cut off: {error}") from error
 
 
 class _Watched(io.RawIOBase):

@@ -16,11 +16,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
+from tfslurm import process
 from tfslurm.catalog.db import write_transaction
 from tfslurm.catalog.models import Artifact, Dataset, DatasetStatus, Mount, now
 from tfslurm.errors import InvalidError, NotFoundError, StatusError, UnreachableError
 from tfslurm.identity import current_user
-from tfslurm.slurm import local
 
 Container = Literal["apptainer", "pyxis"]
 
@@ -52,7 +52,7 @@ def run_bound(dataset: Dataset, destination: Path, command: Sequence[str]) -> in
     folder, path = _ready(dataset), _absolute(destination)
     with _place(path):
         words = bound(folder, path, command)
-        mount = _record(dataset, path, "bind", local.handle(os.getpid()))
+        mount = _record(dataset, path, "bind", process.handle(os.getpid()))
         try:
             return os.waitstatus_to_exitcode(os.waitpid(os.spawnvp(os.P_NOWAIT, words[0], words), 0)[1])
         finally:
@@ -65,11 +65,13 @@ def bound(folder: Path, path: Path, command: Sequence[str]) -> list[str]:
     Raises UnreachableError where neither bubblewrap nor unshare is installed.
     """
     if shutil.which("bwrap"):
-        return ["bwrap", "--die-with-parent", "--dev-bind", "/", "/", "--ro-bind", str(folder), str(path), "--", *command]
+        binds = ["--dev-bind", "/", "/", "--ro-bind", str(folder), str(path)]
+        return ["bwrap", "--die-with-parent", *binds, "--", *command]
     if shutil.which("unshare"):
         script = 'mount --bind "$1" "$2" && mount -o remount,bind,ro "$2" && shift 2 && exec "$@"'
         namespace = [] if os.geteuid() == 0 else ["--user", "--map-root-user"]
-        return ["unshare", *namespace, "--mount", "--fork", "--kill-child", "sh", "-c", script, "sh", str(folder), str(path), *command]
+        unshare = ["unshare", *namespace, "--mount", "--fork", "--kill-child"]
+        return [*unshare, "sh", "-c", script, "sh", str(folder), str(path), *command]
     raise UnreachableError("neither bwrap nor unshare is installed here", hint="Mount with --how symlink.")
 
 
@@ -89,7 +91,7 @@ def unmount(destination: Path) -> Mount:
     mount = Mount.select().where(Mount.path == str(path), Mount.ended_at.is_null()).order_by(Mount.id.desc()).first()
     if mount is None:
         raise NotFoundError(f"no dataset is mounted at {path}")
-    if mount.how == "bind" and mount.host == socket.gethostname() and local.alive(mount.process):
+    if mount.how == "bind" and mount.host == socket.gethostname() and process.alive(mount.process):
         raise StatusError(f"{path} is in use by process {mount.process.partition(':')[0]}", hint="It ends with it.")
     if mount.how == "symlink" and _linked(mount):
         os.unlink(path)
@@ -112,7 +114,7 @@ def _lasts(mount: Mount) -> str | None:
         return None if seen else f"{name} on {mount.host}, which cannot be seen from here"
     if mount.host != socket.gethostname():
         return f"{name} on {mount.host}, which cannot be seen from here"
-    return name if local.alive(mount.process) else None
+    return name if process.alive(mount.process) else None
 
 
 def _linked(mount: Mount) -> bool:
@@ -148,7 +150,7 @@ def _place(path: Path) -> Iterator[None]:
             path.rmdir()
 
 
-def _record(dataset: Dataset, path: Path, how: str, process: str | None) -> Mount:
+def _record(dataset: Dataset, path: Path, how: str, handle: str | None) -> Mount:
     with write_transaction():
         # Whether it may be mounted and that it is are decided under one lock, against a delete in between.
         _ready(Dataset.select(Dataset, Artifact).join(Artifact).where(Artifact.id == dataset.artifact_id).get())
@@ -157,7 +159,7 @@ def _record(dataset: Dataset, path: Path, how: str, process: str | None) -> Moun
             path=str(path),
             how=how,
             host=socket.gethostname(),
-            process=process,
+            process=handle,
             owner=current_user(),
             created_at=now(),
         )

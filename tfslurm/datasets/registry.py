@@ -1,9 +1,10 @@
-"""Datasets in the catalog: created, and deleted."""
+"""Datasets in the catalog: created, deleted, and restored."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from tfslurm.artifacts.restore import bring_back
 from tfslurm.catalog import queries
 from tfslurm.catalog.db import write_transaction
 from tfslurm.catalog.lifecycle import record, transition
@@ -11,6 +12,7 @@ from tfslurm.catalog.models import Artifact, Dataset, DatasetStatus, Submission,
 from tfslurm.datasets import mounts
 from tfslurm.datasets.formats import Format, as_format, check_field_map
 from tfslurm.errors import StatusError
+from tfslurm.faults import fault_point
 from tfslurm.identity import check_name, current_user, new_id
 from tfslurm.settings import Settings
 
@@ -24,6 +26,7 @@ def create(settings: Settings, name: str, format: str, field_map: dict[str, str]
     dataset_id = new_id("dataset")
     folder = settings.root.assembling(dataset_id)
     folder.mkdir()
+    fault_point("create-reserved")
     try:
         with write_transaction():
             return insert(dataset_id, name, kind, field_map, folder)
@@ -74,6 +77,21 @@ def delete(dataset: Dataset) -> Dataset:
             return dataset
         _check_unused(dataset)
         transition(dataset.artifact, DatasetStatus.DELETED, actor=current_user(), deleted_at=now())
+        fault_point("delete-marked")
+    fault_point("deleted")
+    return dataset
+
+
+def restore(dataset: Dataset) -> Dataset:
+    """Take a deletion back: the dataset is again what it was. One that is not deleted stays as it is.
+
+    Raises StatusError where its name is taken by now or its bytes were reclaimed, InvalidError where they are
+    missing or others; nothing is changed then.
+    """
+    with write_transaction():
+        dataset = queries.find_dataset(dataset.artifact_id, deleted=True)
+        bring_back(dataset.artifact)
+        fault_point("restore-marked")
     return dataset
 
 
@@ -82,9 +100,8 @@ def _check_unused(dataset: Dataset) -> None:
     users = [f"job '{job.name}' ({job.status})" for job in queries.consumers_of_dataset(dataset.artifact_id)]
     users += mounts.lasting(dataset.artifact_id)
     if users:
-        raise StatusError(
-            f"dataset '{name}' is in use: {', '.join(users)}", hint="Wait for jobs or stop them; unmount what is mounted."
-        )
+        hint = "Wait for jobs or stop them; unmount what is mounted."
+        raise StatusError(f"dataset '{name}' is in use: {', '.join(users)}", hint=hint)
     importing = Submission.select().where(
         Submission.object_id == dataset.artifact_id, Submission.state != SubmissionState.ENDED
     )

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import heapq
+from array import array
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
+from msgspec import structs
 
 from tfslurm.datasets.checks import CHECKS, Severity
 
@@ -15,6 +18,10 @@ FIRST = 5
 DUPLICATES_REMEMBERED = 1_000_000
 FAR_LONGER = 10
 ENOUGH_ROWS_TO_COMPARE = 20
+FRESH_SIZES = 65_536
+
+Measure = tuple[int, int, str]
+"""Messages, size (characters or tokens) and schema of a row."""
 
 
 class RowError(msgspec.Struct, frozen=True):
@@ -117,26 +124,53 @@ class Sizes:
         self.counts: dict[int, int] = {}
         self.min: int | None = None
         self.max = self.total = self.rows = 0
+        self._fresh: list[int] = []
 
     def add(self, size: int) -> None:
-        key = size if size < 1024 else size >> (shift := size.bit_length() - 10) << shift
-        self.counts[key] = self.counts.get(key, 0) + 1
-        self.rows += 1
-        self.total += size
-        if size > self.max:
-            self.max = size
-        if self.min is None or size < self.min:
-            self.min = size
+        self.add_all((size,))
+
+    def add_all(self, sizes: Sequence[int]) -> None:
+        self._fresh += sizes
+        if len(self._fresh) >= FRESH_SIZES:
+            self.settle()
+
+    def settle(self) -> None:
+        """Put what was added lately into the histogram: many at once cost less than one by one."""
+        if not self._fresh:
+            return
+        fresh, self._fresh = self._fresh, []
+        self._widen(min(fresh), max(fresh))
+        self.total += sum(fresh)
+        self.rows += len(fresh)
+        for size, count in Counter(fresh).items():
+            key = size if size < 1024 else size >> (shift := size.bit_length() - 10) << shift
+            self.counts[key] = self.counts.get(key, 0) + count
+
+    def merge(self, other: Sizes) -> None:
+        """Add all sizes of another histogram: the result is that of one that saw them all."""
+        if other.min is not None:
+            self._widen(other.min, other.max)
+            self.total += other.total
+            self.rows += other.rows
+            for key, count in other.counts.items():
+                self.counts[key] = self.counts.get(key, 0) + count
+        self.add_all(other._fresh)
 
     def spread(self) -> Spread | None:
         """None where there were no rows."""
+        self.settle()
         if self.min is None:
             return None
         p5, median, p95 = (max(self.min, self._percentile(rank)) for rank in (5, 50, 95))
         return Spread(self.min, p5, median, p95, self.max, self.total)
 
     def above(self, size: int) -> int:
+        self.settle()
         return sum(count for key, count in self.counts.items() if key > size)
+
+    def _widen(self, smallest: int, largest: int) -> None:
+        self.min = smallest if self.min is None else min(self.min, smallest)
+        self.max = max(self.max, largest)
 
     def _percentile(self, percent: int) -> int:
         wanted = -(-self.rows * percent // 100)
@@ -147,22 +181,21 @@ class Sizes:
         return self.max
 
 
-class Tally:
-    """Gathers what is found while rows stream by; `report` closes it.
+class Counts:
+    """What is found in some lines that follow each other: counts, and bounded lists by place.
 
-    One process tallies rows in order. To validate ranges in parallel, give each its own and
-    merge: everything here is a count, a bounded list by place, or a set.
+    A piece of a file has one of its own, with lines counted from the piece's first; a Tally of
+    the whole takes them in, in the order of the lines.
     """
 
-    def __init__(self, format: str, *, tokens: bool = False) -> None:
-        self.format = format
-        self.tokens = tokens
-        self.files = self.rows = self.bad_rows = self.messages = 0
+    def __init__(self) -> None:
+        self.rows = self.bad_rows = self.messages = 0
         self.counts: Counter[str] = Counter()
         self.first: dict[str, list[RowError]] = {}
         self.schemas: set[str] = set()
         self.sizes = Sizes()
-        self._seen: set[int] = set()
+        self.keys = array("q")
+        self.lines = array("q")
         self._longest: list[tuple[int, str, int]] = []
 
     def finding(self, file: str, line: int, path: str, check: str, message: str) -> None:
@@ -171,27 +204,79 @@ class Tally:
         if len(first) < FIRST:
             first.append(RowError(file, line, path, check, message))
 
-    def row(self, file: str, line: int, messages: int, size: int, schema: str) -> None:
-        """Count a row without errors."""
-        self.rows += 1
-        self.messages += messages
-        self.schemas.add(schema)
-        self.sizes.add(size)
-        if len(self._longest) < FIRST:
-            heapq.heappush(self._longest, (size, file, line))
-        elif size > self._longest[0][0]:
-            heapq.heapreplace(self._longest, (size, file, line))
+    def row(self, file: str, line: int, measure: Measure, key: int) -> None:
+        """Count a row without errors; `key` is the same for the same bytes."""
+        self.rows_from(file, line, [measure], [key])
+
+    def rows_from(self, file: str, line: int, measures: Sequence[Measure], keys: Sequence[int]) -> None:
+        """Count rows without errors, the first at `line` and each at the next."""
+        messages, sizes, schemas = zip(*measures, strict=True)
+        self.rows += len(measures)
+        self.messages += sum(messages)
+        self.schemas.update(schemas)
+        self.sizes.add_all(sizes)
+        self._note_longest(file, line, sizes)
+        self.note_keys(file, keys, range(line, line + len(keys)))
 
     def bad_row(self) -> None:
         self.rows += 1
         self.bad_rows += 1
 
-    def note_duplicate(self, file: str, line: int, row: bytes) -> None:
-        key = hash(row)
-        if key in self._seen:
-            self.finding(file, line, "", "duplicate_row", "the same as an earlier row")
-        elif len(self._seen) < DUPLICATES_REMEMBERED:
-            self._seen.add(key)
+    def note_keys(self, file: str, keys: Sequence[int], lines: Sequence[int]) -> None:
+        """Keep them: which rows are duplicates is seen where those before are known."""
+        self.keys.extend(keys)
+        self.lines.extend(lines)
+
+    def _note_longest(self, file: str, line: int, sizes: Sequence[int]) -> None:
+        bound = -self._longest[-1][0] if len(self._longest) == FIRST else -1
+        if max(sizes) > bound:
+            longer = [(-size, file, line + index) for index, size in enumerate(sizes) if size > bound]
+            self._longest = heapq.nsmallest(FIRST, self._longest + longer)
+
+
+class Tally(Counts):
+    """Gathers what is found in all rows; `report` closes it.
+
+    Rows can be counted one by one, or by `merge` piece by piece: the report is the same.
+    """
+
+    def __init__(self, format: str, *, tokens: bool = False) -> None:
+        super().__init__()
+        self.format = format
+        self.tokens = tokens
+        self.files = 0
+        self._seen: set[int] = set()
+
+    def merge(self, file: str, line: int, piece: Counts) -> None:
+        """Take in the counts of a piece of `file` whose first line comes after `line` others."""
+        self.rows += piece.rows
+        self.bad_rows += piece.bad_rows
+        self.messages += piece.messages
+        self.counts.update(piece.counts)
+        self.schemas |= piece.schemas
+        self.sizes.merge(piece.sizes)
+        for check, errors in piece.first.items():
+            first = self.first.setdefault(check, [])
+            moved = [structs.replace(error, line=error.line + line) for error in errors]
+            first += moved[: FIRST - len(first)]
+        longest = [(size, file, line + number) for size, file, number in piece._longest]
+        self._longest = heapq.nsmallest(FIRST, self._longest + longest)
+        self._note_keys(file, piece.keys, piece.lines, line)
+
+    def note_keys(self, file: str, keys: Sequence[int], lines: Sequence[int]) -> None:
+        self._note_keys(file, keys, lines, 0)
+
+    def _note_keys(self, file: str, keys: Sequence[int], lines: Sequence[int], before: int) -> None:
+        fresh, room = set(keys), DUPLICATES_REMEMBERED - len(self._seen)
+        if self._seen.isdisjoint(fresh) and (not room or len(keys) == len(fresh) <= room):
+            if room:
+                self._seen |= fresh
+            return
+        for key, line in zip(keys, lines, strict=True):
+            if key in self._seen:
+                self.finding(file, before + line, "", "duplicate_row", "the same as an earlier row")
+            elif len(self._seen) < DUPLICATES_REMEMBERED:
+                self._seen.add(key)
 
     def report(self) -> Report:
         """The report of all that was tallied."""
@@ -229,9 +314,9 @@ class Tally:
             return
         bound = FAR_LONGER * spread.p95
         unit = "tokens" if self.tokens else "characters"
-        for size, file, line in sorted(self._longest, reverse=True):
-            if size > bound:
-                message = f"{size:,} {unit}, where 95 % of the rows have at most {spread.p95:,}"
+        for size, file, line in self._longest:
+            if -size > bound:
+                message = f"{-size:,} {unit}, where 95 % of the rows have at most {spread.p95:,}"
                 self.finding(file, line, "", "far_longer_than_the_rest", message)
         if count := self.sizes.above(bound):
             self.counts["far_longer_than_the_rest"] = max(count, self.counts["far_longer_than_the_rest"])

@@ -48,6 +48,19 @@ class ConversationRow(msgspec.Struct, kw_only=True, omit_defaults=True):
     tools: list[dict[str, Any]] | None = None
 
 
+class PlainMessage(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, gc=False):
+    """A message of the commonest kind; it decodes a fifth faster than a Message."""
+
+    role: Literal["system", "user", "assistant", "tool"]
+    content: str
+
+
+class PlainConversation(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, gc=False):
+    """A chat of plain messages alone."""
+
+    messages: list[PlainMessage]
+
+
 class InstructionRow(msgspec.Struct):
     """A prompt and the answer to learn, whatever the keys were called in the file."""
 
@@ -100,23 +113,53 @@ def _only(keys: msgspec.Struct, group: tuple[str, ...]) -> str:
 
 
 Decode = Callable[[bytes], Any]
+DecodeLines = Callable[[bytes], list[Any]]
 
 
 def conversation_decoder(field_map: Mapping[str, str]) -> Decode:
     return msgspec.json.Decoder(conversation_type(field_map)).decode
 
 
+def conversation_lines_decoder(field_map: Mapping[str, str]) -> DecodeLines:
+    """Of plain conversations alone: any other row makes it raise."""
+    if not field_map:
+        return msgspec.json.Decoder(PlainConversation).decode_lines
+    message = renamed(PlainMessage, _of(PlainMessage, field_map))
+    conversation = renamed(PlainConversation, _of(PlainConversation, field_map), messages=list[message])
+    return msgspec.json.Decoder(conversation).decode_lines
+
+
+def _of(row: type[msgspec.Struct], field_map: Mapping[str, str]) -> dict[str, str]:
+    return {name: field_map.get(name, name) for name in row.__struct_fields__}
+
+
 def text_decoder(field_map: Mapping[str, str]) -> Decode:
     return msgspec.json.Decoder(renamed(TextRow, field_map)).decode
+
+
+def text_lines_decoder(field_map: Mapping[str, str]) -> DecodeLines:
+    return msgspec.json.Decoder(renamed(TextRow, field_map)).decode_lines
 
 
 def pretokenized_decoder(field_map: Mapping[str, str]) -> Decode:
     return msgspec.json.Decoder(renamed(PretokenizedRow, field_map)).decode
 
 
+def pretokenized_lines_decoder(field_map: Mapping[str, str]) -> DecodeLines:
+    return msgspec.json.Decoder(renamed(PretokenizedRow, field_map)).decode_lines
+
+
 def instruction_keys_decoder(field_map: Mapping[str, str]) -> Decode:
     """Decodes to a struct of INSTRUCTION_KEYS, before the spellings are brought together."""
-    return msgspec.json.Decoder(_instruction_type(tuple(instruction_names(field_map).items()))).decode
+    return msgspec.json.Decoder(_instruction_keys(field_map)).decode
+
+
+def instruction_lines_decoder(field_map: Mapping[str, str]) -> DecodeLines:
+    return msgspec.json.Decoder(_instruction_keys(field_map)).decode_lines
+
+
+def _instruction_keys(field_map: Mapping[str, str]) -> type[msgspec.Struct]:
+    return _instruction_type(tuple(instruction_names(field_map).items()))
 
 
 def instruction_decoder(field_map: Mapping[str, str]) -> Decode:

@@ -14,9 +14,10 @@ from tfslurm.catalog.lifecycle import transition
 from tfslurm.catalog.models import Dataset, DatasetStatus, now
 from tfslurm.datasets.ingest import ingest
 from tfslurm.errors import StatusError
+from tfslurm.faults import fault_point
 from tfslurm.files import locked
 from tfslurm.identity import current_user
-from tfslurm.paths import Root
+from tfslurm.paths import LOCK, STAGING, Root
 from tfslurm.settings import Settings
 
 Progress = Callable[[int, int], None]
@@ -38,8 +39,11 @@ def seal(settings: Settings, dataset: Dataset, progress: Progress | None = None)
         staging = staging_of(settings.root, dataset.artifact_id)
         ingested = ingest(source, staging, format=dataset.format, field_map=dataset.field_map, progress=progress)
         publish(staging, cleared(settings.root.dataset(dataset.artifact_id)))
+        fault_point("seal-published")
         with write_transaction():
             make_ready(settings.root, dataset, ingested.manifest, ingested.report.to_dict(), current_user())
+            fault_point("seal-marked")
+        fault_point("seal-ready")
     remove_tree(source)
     return dataset
 
@@ -70,7 +74,7 @@ def make_ready(root: Root, dataset: Dataset, manifest: Manifest, report: dict, a
 
 def staging_of(root: Root, dataset_id: str) -> Path:
     """Where the copy grows: beside the canonical one, so that publishing is a rename."""
-    return root.dataset(f".staging-{dataset_id}")
+    return root.dataset(STAGING + dataset_id)
 
 
 def cleared(final: Path) -> Path:
@@ -82,4 +86,4 @@ def cleared(final: Path) -> Path:
 
 def lock(root: Root, dataset_id: str) -> AbstractContextManager[None]:
     """One sealing of a dataset at a time."""
-    return locked(root.dataset(f".lock-{dataset_id}"))
+    return locked(root.dataset(LOCK + dataset_id))

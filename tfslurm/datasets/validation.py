@@ -1,15 +1,18 @@
 """Checks files line by line. The table of checks is in `checks`, the result is a `report.Report`.
 
 A plain row costs one decode and a count of its quotation marks; see `_has_only`. Any other row
-is looked at again by `diagnosis`, which names all that is wrong with it.
+is looked at again by `diagnosis`, which names all that is wrong with it. Many lines at once cost
+less than one by one and give the same; see `check_lines`.
 """
 
 from __future__ import annotations
 
+import io
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from operator import itemgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -19,7 +22,7 @@ from tfslurm.datasets.checks import CHECKS, Check, Severity
 from tfslurm.datasets.diagnosis import Finding
 from tfslurm.datasets.files import BOM, MAX_LINE, DamagedFile, Found, discover, open_lines
 from tfslurm.datasets.formats import Format, as_format, check_field_map
-from tfslurm.datasets.report import Report, RowError, Sizes, Spread, Statistics, Tally
+from tfslurm.datasets.report import Counts, Measure, Report, RowError, Sizes, Spread, Statistics, Tally
 from tfslurm.errors import ValidationError
 
 __all__ = [
@@ -36,9 +39,6 @@ __all__ = [
     "validate",
 ]
 
-Measure = tuple[int, int, str]
-"""Messages, size (characters or tokens) and schema of a row."""
-
 
 def validate(
     source: Path | Sequence[Path],
@@ -46,31 +46,21 @@ def validate(
     field_map: Mapping[str, str] | None = None,
     *,
     progress: Callable[[int, int], None] | None = None,
+    workers: int | None = None,
 ) -> Report:
     """Check a folder, a file or a list of both; changes and copies nothing.
 
     The report holds what is wrong with the files and with the rows of those that are data.
+    `workers` processes share the work, as many as there are cores where it is None.
     Raises InvalidError for an unknown format, a wrong field map or a missing source.
     """
+    from tfslurm.datasets.scan import scan  # it needs the Validator of this module
+
     validator = Validator(format, field_map or {})
     found = discover(source)
     validator.note_files(found)
-    done = 0
-    for file in found.files:
-        counted = _Counter(done, found.size, progress)
-        validator.check_file(file.path, file.name, descriptor=file.open(), on_read=counted)
-        done += file.size
+    scan(found.files, validator, progress=progress, workers=workers)
     return validator.report()
-
-
-class _Counter:
-    def __init__(self, done: int, total: int, progress: Callable[[int, int], None] | None) -> None:
-        self.done, self.total, self.progress = done, total, progress
-
-    def __call__(self, read: int) -> None:
-        self.done += read
-        if self.progress:
-            self.progress(self.done, self.total)
 
 
 def refuse(report: Report, what: str) -> None:
@@ -93,9 +83,11 @@ class Validator:
         check_field_map(format, field_map)
         self.format = as_format(format)
         self.tally = Tally(self.format, tokens=self.format is Format.PRETOKENIZED)
-        decoder, plain, measure, diagnose = _PARTS[self.format]
-        self._decode, self._plain, self._measure = decoder(field_map), plain, measure
-        self._diagnose = diagnose(field_map)
+        self._counts: Counts = self.tally
+        parts = _PARTS[self.format]
+        self._decode, self._decode_lines = parts.decoder(field_map), parts.lines_decoder(field_map)
+        self._plain, self._measure = parts.plain, parts.measure
+        self._diagnose = parts.diagnose(field_map)
 
     def note_files(self, found: Found) -> None:
         """Put what discovery refused and ignored into the report."""
@@ -115,19 +107,46 @@ class Validator:
         descriptor: int | None = None,
         on_read: Callable[[int], None] | None = None,
     ) -> None:
-        """Check every line of `path`, called `name` in the report; `on_read` gets the bytes of each read."""
-        self.tally.files += 1
-        rows_before = self.tally.rows
+        """Check every line of `path`, called `name` in the report; `on_read` gets the bytes of each read.
+
+        One line at a time, in this process: what `scan` does in several must give the same.
+        """
+        rows_before = self.start_file()
         try:
             with open_lines(path, descriptor, on_read) as lines:
                 for number, line in enumerate(lines, 1):
-                    if number == 1:
-                        line = self._start_of_file(path, name, line)
-                    self._check_line(name, number, line)
+                    self.check_line(path, name, number, line)
         except DamagedFile as error:
-            self.tally.finding(name, 0, "", "damaged_compression", error.message.removeprefix(f"{path}: "))
+            self.note_damage(path, name, error)
+        self.end_file(name, rows_before)
+
+    def start_file(self) -> int:
+        """How many rows there were before it."""
+        self.tally.files += 1
+        return self.tally.rows
+
+    def check_line(self, path: Path, name: str, number: int, line: bytes) -> None:
+        """Check one line, cut off after MAX_LINE + 1 bytes, of the file `path`."""
+        if number == 1:
+            line = self._start_of_file(path, name, line)
+        self._check_line(name, number, line)
+
+    def note_damage(self, path: Path, name: str, error: DamagedFile) -> None:
+        self.tally.finding(name, 0, "", "damaged_compression", error.message.removeprefix(f"{path}: "))
+
+    def end_file(self, name: str, rows_before: int) -> None:
         if self.tally.rows == rows_before:
             self.tally.finding(name, 0, "", "empty_file", "has no rows")
+
+    def count_piece(self, name: str, blocks: Iterable[bytes]) -> tuple[int, Counts]:
+        """(lines, what is in them) of blocks of whole lines that follow each other; the tally stays as it is."""
+        lines, self._counts = 0, Counts()
+        try:
+            for block in blocks:
+                lines += self.check_lines(name, lines + 1, block)
+            return lines, self._counts
+        finally:
+            self._counts = self.tally
 
     def report(self) -> Report:
         if not self.tally.rows and self.tally.files:
@@ -142,20 +161,52 @@ class Validator:
             self.tally.finding(name, 0, "", "json_array", array_advice(path))
         return line
 
+    def check_lines(self, name: str, first: int, block: bytes) -> int:
+        """Check lines, each with its line end, the first of which is `first`; returns how many.
+
+        The decoder takes any white space between values and asks for no line end, so that it may pair
+        rows with lines wrongly. Where every line starts with { and ends with }, it cannot: no value
+        goes on from a } to a {, so each line has one value or more, and as many values as lines
+        means one in each. Elsewhere, and where a row is not plain, the line is decoded by itself.
+        """
+        lines = io.BytesIO(block).readlines()
+        found = self._together(lines, block) if len(block) <= MAX_LINE else None
+        if found is None:
+            for number, line in enumerate(lines, first):
+                self._check_line(name, number, line[: MAX_LINE + 1])
+        elif None not in found:
+            self._counts.rows_from(name, first, found, list(map(hash, lines)))  # the `_key` of such lines
+        else:
+            for number, (line, measure) in enumerate(zip(lines, found, strict=True), first):
+                if measure:
+                    self._counts.row(name, number, measure, _key(line))
+                else:
+                    self._check_line(name, number, line)
+        return len(lines)
+
+    def _together(self, lines: list[bytes], block: bytes) -> list[Measure | None] | None:
+        """What `_quickly` says of each line; None where that takes decoding each by itself."""
+        try:
+            decoded = self._decode_lines(block)
+        except _UNDECODABLE:
+            return None
+        if len(decoded) != len(lines) or not _are_objects(lines):
+            return None
+        return list(map(self._plain, decoded, lines))
+
     def _check_line(self, name: str, number: int, line: bytes) -> None:
         if not line or line.isspace():
-            self.tally.finding(name, number, "", "blank_line", "a blank line, skipped")
+            self._counts.finding(name, number, "", "blank_line", "a blank line, skipped")
             return
         if len(line) > MAX_LINE and not line.endswith(b"\n"):
-            self.tally.finding(name, number, "", "line_too_long", f"has more than {MAX_LINE:,} bytes")
-            self.tally.bad_row()
+            self._counts.finding(name, number, "", "line_too_long", f"has more than {MAX_LINE:,} bytes")
+            self._counts.bad_row()
             return
         measure = self._quickly(line) or self._carefully(name, number, line)
         if measure is None:
-            self.tally.bad_row()
+            self._counts.bad_row()
             return
-        self.tally.row(name, number, *measure)
-        self.tally.note_duplicate(name, number, line.rstrip(b"\r\n"))
+        self._counts.row(name, number, measure, _key(line))
 
     def _quickly(self, line: bytes) -> Measure | None:
         """The measure of a row with nothing to say about it; None where `diagnosis` must look."""
@@ -169,14 +220,14 @@ class Validator:
         findings = list(self._findings(line))
         refused = False
         for check, path, message in findings:
-            self.tally.finding(name, number, path, check, message)
+            self._counts.finding(name, number, path, check, message)
             refused = refused or CHECKS[check].severity is Severity.REFUSE
         if refused:
             return None
         try:
             return self._measure(self._decode(line))
         except _UNDECODABLE as error:
-            self.tally.finding(name, number, "", "row_type", str(error))
+            self._counts.finding(name, number, "", "row_type", str(error))
             return None
 
     def _findings(self, line: bytes) -> list[Finding]:
@@ -199,6 +250,19 @@ class Validator:
 _UNDECODABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 
 
+def _key(line: bytes) -> int:
+    """The same for the same bytes, whatever the line's end."""
+    return hash(line.rstrip(b"\r\n") + b"\n")
+
+
+def _are_objects(lines: list[bytes]) -> bool:
+    """Whether each starts with { and ends with } and a line feed."""
+    return set(map(_first, lines)) == {ord("{")} and set(map(_last_before_end, lines)) == {ord("}")}
+
+
+_first, _last_before_end = itemgetter(0), itemgetter(-2)
+
+
 def _has_only(line: bytes, strings: int) -> bool:
     """Whether the line's JSON has just so many strings, keys included.
 
@@ -208,7 +272,7 @@ def _has_only(line: bytes, strings: int) -> bool:
     marks = line.count(b'"')
     if marks == 2 * strings:
         return True
-    unescaped = line.replace(b"\\\\", b"") if b"\\\\" in line else line
+    unescaped = line.replace(b"\\\\", b"") if b'\\\\"' in line else line
     return marks - unescaped.count(b'\\"') == 2 * strings
 
 
@@ -216,18 +280,19 @@ def _blank(text: str) -> bool:
     return not text or text.isspace()
 
 
-def _plain_conversation(row: rows.ConversationRow, line: bytes) -> Measure | None:
+def _plain_conversation(row: rows.ConversationRow | rows.PlainConversation, line: bytes) -> Measure | None:
     """Of turns with a role and a text alone, user and assistant alternating, the assistant last."""
     characters, previous = 0, ""
     for message in row.messages:
         content, role = message.content, message.role
-        if type(content) is not str or _blank(content) or role == previous or (role == "system" and previous):
+        if not content or type(content) is not str or content.isspace():
+            return None
+        if role == previous or (role == "system" and previous):
             return None
         characters += len(content)
         previous = role
-    if previous != "assistant" or not _has_only(line, 1 + 4 * len(row.messages)):
-        return None
-    return len(row.messages), characters, "messages"
+    turns = len(row.messages)
+    return (turns, characters, "messages") if previous == "assistant" and _has_only(line, 1 + 4 * turns) else None
 
 
 def _measure_conversation(row: rows.ConversationRow) -> Measure:
@@ -279,22 +344,41 @@ def _measure_pretokenized(row: rows.PretokenizedRow) -> Measure:
     return 0, len(row.input_ids), "input_ids" if row.labels is None else "input_ids/labels"
 
 
-_PARTS: dict[Format, tuple[Callable, Callable, Callable, Callable]] = {
-    Format.CONVERSATIONAL: (
+class _Parts(NamedTuple):
+    """How rows of a format are decoded and measured; `plain` gives None where there is more to say."""
+
+    decoder: Callable[[Mapping[str, str]], rows.Decode]
+    lines_decoder: Callable[[Mapping[str, str]], rows.DecodeLines]
+    plain: Callable[[Any, bytes], Measure | None]
+    measure: Callable[[Any], Measure]
+    diagnose: Callable[[Mapping[str, str]], diagnosis.Diagnose]
+
+
+_PARTS: dict[Format, _Parts] = {
+    Format.CONVERSATIONAL: _Parts(
         rows.conversation_decoder,
+        rows.conversation_lines_decoder,
         _plain_conversation,
         _measure_conversation,
         diagnosis.conversation,
     ),
-    Format.INSTRUCTION: (
+    Format.INSTRUCTION: _Parts(
         rows.instruction_keys_decoder,
+        rows.instruction_lines_decoder,
         _plain_instruction,
         _measure_instruction,
         diagnosis.instruction,
     ),
-    Format.TEXT: (rows.text_decoder, _plain_text, _measure_text, diagnosis.text),
-    Format.PRETOKENIZED: (
+    Format.TEXT: _Parts(
+        rows.text_decoder,
+        rows.text_lines_decoder,
+        _plain_text,
+        _measure_text,
+        diagnosis.text,
+    ),
+    Format.PRETOKENIZED: _Parts(
         rows.pretokenized_decoder,
+        rows.pretokenized_lines_decoder,
         _plain_pretokenized,
         _measure_pretokenized,
         diagnosis.pretokenized,

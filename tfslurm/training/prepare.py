@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 
-from tfslurm.artifacts.manifest import verify_folder
+from tfslurm.artifacts.identity import verify_quick
 from tfslurm.artifacts.references import DatasetRef
 from tfslurm.datasets.formats import Row, read_rows
 from tfslurm.errors import InvalidError
@@ -37,8 +37,7 @@ def prepare(paths: JobPaths) -> Prepared:
     Raises InvalidError where the bytes are not those that were sealed, or no row can be trained on.
     """
     config = TrainingConfig.read(paths.config)
-    verify_folder(Path(config.dataset.path), config.dataset.digest)
-    print(f"dataset {config.dataset.name} verified: {config.dataset.digest}", flush=True)
+    _verify(config)
     tokens = tokenize(config.dataset, Path(config.base_model.path), Path(config.tokens))
     limit = config.hyperparameters.max_seq_length
     selection = select(tokens, limit, config.trainer.overlong)
@@ -51,6 +50,16 @@ def prepare(paths: JobPaths) -> Prepared:
     prepared.write(paths.prepared)
     _tell(prepared)
     return prepared
+
+
+def _verify(config: TrainingConfig) -> None:
+    """Its bytes are read where its files are not those of the last full verification, or that is too long ago."""
+    dataset = config.dataset
+    identities = Path(config.tokens).with_name("identities") / f"{dataset.id}.json"
+    max_age = config.trainer.verify_days * 86400
+    read = verify_quick(Path(dataset.path), dataset.digest, identities, max_age)
+    how = "all bytes read" if read else "the files are those of the last full verification"
+    print(f"dataset {dataset.name} verified ({how}): {dataset.digest}", flush=True)
 
 
 def tokenize(dataset: DatasetRef, model: Path, cache: Path) -> TokenFile:
