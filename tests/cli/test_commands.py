@@ -152,3 +152,15 @@ def test_doctor_says_what_is_in_force_and_from_where(installation, cli):
     assert rows["slurm.grace"]["value"] == 5
     assert rows["slurm.grace"]["from"].startswith(f"{installation.config}:")
     assert "configs/site.yaml:" in rows["slurm.poll_floor"]["from"]
+
+
+def test_what_is_done_is_a_sentence_for_people_and_the_object_for_scripts(installation):
+    folder = installation.json("dataset", "create", "notes", "--format", "text")["location"]
+    with open(f"{folder}/a.jsonl", "w") as file:
+        file.write('{"text": "hello"}\n')
+    installation.run("dataset", "seal", "notes", check=0)
+    assert installation.json("dataset", "verify", "notes")["status"] == "ready"
+    assert "is as it was sealed: sha256:" in installation.run("dataset", "verify", "notes", check=0).stdout
+    assert installation.json("dataset", "delete", "notes", "--yes")["status"] == "deleted"
+    assert installation.json("dataset", "restore", "notes")["status"] == "ready"
+    assert installation.run("dataset", "delete", "notes", "--yes", check=0).stdout == "dataset 'notes' is deleted\n"

@@ -8,7 +8,7 @@ import click
 
 from tfslurm.cli.context import Context, pass_context
 from tfslurm.cli.options import confirm, listing_options, reference, yes_option
-from tfslurm.cli.output import output_options, print_one, print_rows, progress_bar
+from tfslurm.cli.output import output_options, print_done, print_one, print_rows, progress_bar
 
 
 @click.group()
@@ -48,35 +48,40 @@ def show(context: Context, ref: str, output: str) -> None:
 
 @checkpoint.command()
 @reference("checkpoint")
+@output_options
 @pass_context
-def verify(context: Context, ref: str) -> None:
+def verify(context: Context, ref: str, output: str) -> None:
     """Read every byte and compare it with the manifest."""
     from pathlib import Path
 
     context.open()
     from tfslurm.artifacts.manifest import verify_folder
     from tfslurm.catalog.queries import find_checkpoint
+    from tfslurm.catalog.views import checkpoint_view
 
-    registered = find_checkpoint(ref).artifact
+    row = find_checkpoint(ref)
+    registered = row.artifact
     with progress_bar("Verifying") as update:
         verify_folder(Path(registered.location), registered.digest, progress=update)
-    click.echo(f"checkpoint '{registered.name}' is as it was registered: {registered.digest}")
+    sentence = f"checkpoint '{registered.name}' is as it was registered: {registered.digest}"
+    print_done(sentence, checkpoint_view(row), output)
 
 
 @checkpoint.command()
 @reference("checkpoint")
 @yes_option
+@output_options
 @pass_context
-def delete(context: Context, ref: str, yes: bool) -> None:
+def delete(context: Context, ref: str, yes: bool, output: str) -> None:
     """Hide a checkpoint; refused while an endpoint serves it."""
     context.refreshed()
     from tfslurm.catalog.queries import find_checkpoint
+    from tfslurm.catalog.views import checkpoint_view
     from tfslurm.training.checkpoints import delete as soft_delete
 
     row = find_checkpoint(ref)
     confirm(f"Delete checkpoint '{row.artifact.name}'?", yes)
-    soft_delete(row)
-    click.echo(f"checkpoint '{row.artifact.name}' is deleted")
+    print_done(f"checkpoint '{row.artifact.name}' is deleted", checkpoint_view(soft_delete(row)), output)
 
 
 @checkpoint.command()

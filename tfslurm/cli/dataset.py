@@ -12,7 +12,7 @@ import click
 
 from tfslurm.cli.context import Context, pass_context
 from tfslurm.cli.options import confirm, listing_options, reference, yes_option
-from tfslurm.cli.output import human_size, output_options, print_one, print_rows, progress_bar
+from tfslurm.cli.output import human_size, output_options, print_done, print_one, print_rows, progress_bar
 
 FORMATS = click.Choice(["conversational", "instruction", "text", "pretokenized"])
 
@@ -283,36 +283,42 @@ def events(context: Context, ref: str, output: str) -> None:
 
 @dataset.command()
 @reference("dataset")
+@output_options
 @pass_context
-def verify(context: Context, ref: str) -> None:
+def verify(context: Context, ref: str, output: str) -> None:
     """Read every byte and compare it with the manifest."""
-    context.open()
+    settings = context.open()
     from tfslurm.artifacts.manifest import verify_folder
     from tfslurm.catalog.queries import find_dataset
+    from tfslurm.catalog.views import dataset_view
     from tfslurm.errors import StatusError
 
-    registered = find_dataset(ref).artifact
+    row = find_dataset(ref)
+    registered = row.artifact
     if registered.status != "ready":
         raise StatusError(f"dataset '{registered.name}' is {registered.status}: there is nothing sealed to verify")
     with progress_bar("Verifying") as update:
         verify_folder(Path(registered.location), registered.digest, progress=update)
-    click.echo(f"dataset '{registered.name}' is as it was sealed: {registered.digest}")
+    sentence = f"dataset '{registered.name}' is as it was sealed: {registered.digest}"
+    print_done(sentence, dataset_view(row, settings.root), output)
 
 
 @dataset.command()
 @reference("dataset")
 @yes_option
+@output_options
 @pass_context
-def delete(context: Context, ref: str, yes: bool) -> None:
+def delete(context: Context, ref: str, yes: bool, output: str) -> None:
     """Hide a dataset; refused while something depends on it. The bytes go later."""
-    context.refreshed()
+    settings = context.refreshed()
     from tfslurm.catalog.queries import find_dataset
+    from tfslurm.catalog.views import dataset_view
     from tfslurm.datasets.registry import delete as soft_delete
 
     row = find_dataset(ref)
     confirm(f"Delete dataset '{row.artifact.name}'?", yes)
-    soft_delete(row)
-    click.echo(f"dataset '{row.artifact.name}' is deleted")
+    gone = soft_delete(row)
+    print_done(f"dataset '{row.artifact.name}' is deleted", dataset_view(gone, settings.root), output)
 
 
 @dataset.command()

@@ -8,7 +8,7 @@ import click
 
 from tfslurm.cli.context import Context, pass_context
 from tfslurm.cli.options import confirm, listing_options, names_of, reference, yes_option
-from tfslurm.cli.output import output_options, print_one, print_rows
+from tfslurm.cli.output import output_options, print_done, print_one, print_rows
 from tfslurm.cli.waiting import timeout_option
 
 STATUSES = ["pending", "starting", "healthy", "unhealthy", "stopping", "stopped", "error", "deleted"]
@@ -228,14 +228,15 @@ def wait_(context: Context, ref: str, timeout: float | None, output: str) -> Non
 @endpoint.command()
 @reference("endpoint")
 @yes_option
+@output_options
 @pass_context
-def delete(context: Context, ref: str, yes: bool) -> None:
+def delete(context: Context, ref: str, yes: bool, output: str) -> None:
     """Hide a stopped endpoint, and free its name."""
-    context.refreshed()
+    settings = context.refreshed()
     from tfslurm.catalog.queries import find_endpoint
     from tfslurm.serving.endpoints import delete as hide
 
     row = find_endpoint(ref)
     confirm(f"Delete endpoint '{row.name}'?", yes)
     hide(row)
-    click.echo(f"endpoint '{row.name}' is deleted")
+    print_done(f"endpoint '{row.name}' is deleted", _view(settings, row.id), output)

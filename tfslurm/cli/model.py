@@ -8,7 +8,7 @@ import click
 
 from tfslurm.cli.context import Context, pass_context
 from tfslurm.cli.options import confirm, reference, yes_option
-from tfslurm.cli.output import output_options, print_one, print_rows
+from tfslurm.cli.output import output_options, print_done, print_one, print_rows
 
 
 @click.group()
@@ -70,14 +70,16 @@ def show(context: Context, ref: str, output: str) -> None:
 @model.command()
 @reference("model")
 @yes_option
+@output_options
 @pass_context
-def remove(context: Context, ref: str, yes: bool) -> None:
+def remove(context: Context, ref: str, yes: bool, output: str) -> None:
     """Take a base model off the list, and its files away; one in the lineage of a job stays."""
     context.open()
     from tfslurm.catalog.queries import find_model
+    from tfslurm.catalog.views import model_view
     from tfslurm.training.base_models import remove as take_off
 
     row = find_model(ref)
     confirm(f"Remove base model '{row.name}' and its files?", yes)
     take_off(row)
-    click.echo(f"base model '{row.name}' is removed")
+    print_done(f"base model '{row.name}' is removed", model_view(row), output)

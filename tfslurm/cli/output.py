@@ -57,6 +57,14 @@ def print_one(row: Row, output: str) -> None:
     return _csv([row]) if output == "csv" else _yaml(row)
 
 
+def print_done(sentence: str, row: Row, output: str) -> None:
+    """What was done: a sentence for people, the object as it is now for scripts."""
+    if output == "table":
+        click.echo(sentence)
+    else:
+        print_one(row, output)
+
+
 def _table(rows: list[Row], columns: Sequence[str]) -> None:
     cells = [[column.upper().replace("_", " ") for column in columns]]
     cells += [[_cell(column, row.get(column)) for column in columns] for row in rows]
