@@ -13,7 +13,7 @@ from tfslurm.files import read_json
 from tfslurm.settings import Settings
 from tfslurm.slurm.observe import Observation
 from tfslurm.slurm.states import Fate
-from tfslurm.slurm.submissions import note_ended, note_seen
+from tfslurm.slurm.submissions import note_ended, note_seen, note_started
 
 ACTOR = "sync"
 
@@ -27,7 +27,7 @@ def follow(settings: Settings, submission: Submission, seen: Observation) -> Non
     paths = settings.root.endpoint(submission.object_id)
     started, state, outcome = (read_json(path) for path in (paths.started, paths.state, paths.outcome))
     if endpoint.status == EndpointStatus.PENDING and started and started["uuid"] == submission.uuid:
-        _start(endpoint, started)
+        note_started(endpoint, EndpointStatus.STARTING, started, actor=ACTOR)
     if EndpointStatus(endpoint.status).ended:
         with write_transaction():
             note_ended(submission)
@@ -37,18 +37,6 @@ def follow(settings: Settings, submission: Submission, seen: Observation) -> Non
         if state and started:
             _publish(endpoint, state)
         note_seen(submission, seen.state, seen.reason)
-
-
-def _start(endpoint: Endpoint, started: dict[str, Any]) -> None:
-    with write_transaction():
-        transition(
-            endpoint,
-            EndpointStatus.STARTING,
-            actor=ACTOR,
-            reason=f"attempt {started['attempt']} on {started['node']}",
-            started_at=datetime.fromisoformat(started["at"]),
-            attempt=started["attempt"],
-        )
 
 
 def _publish(endpoint: Endpoint, state: dict[str, Any]) -> None:

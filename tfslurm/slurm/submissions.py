@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable
+from datetime import datetime
+from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tfslurm.catalog.db import write_transaction
-from tfslurm.catalog.models import Submission, SubmissionState, now
+from tfslurm.catalog.lifecycle import transition
+from tfslurm.catalog.models import Endpoint, Job, Submission, SubmissionState, now
 from tfslurm.errors import InvalidError
 from tfslurm.faults import fault_point
 from tfslurm.paths import Root, RunPaths
@@ -79,6 +82,19 @@ def note_handed(submission: Submission, handed: Handed) -> None:
         )
         if waiting.execute():
             submission.state = SubmissionState.SUBMITTED
+
+
+def note_started(row: Job | Endpoint, to: StrEnum, started: dict[str, Any], *, actor: str) -> None:
+    """The batch script of `row` runs: `started` is what it reported, and `to` the status that this means."""
+    with write_transaction():
+        transition(
+            row,
+            to,
+            actor=actor,
+            reason=f"attempt {started['attempt']} on {started['node']}",
+            started_at=datetime.fromisoformat(started["at"]),
+            attempt=started["attempt"],
+        )
 
 
 def note_seen(submission: Submission, state: str, reason: str) -> None:

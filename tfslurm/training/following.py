@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from datetime import datetime
-from typing import Any
-
 from tfslurm.catalog import queries
 from tfslurm.catalog.db import write_transaction
 from tfslurm.catalog.lifecycle import transition
@@ -14,7 +11,7 @@ from tfslurm.files import read_json
 from tfslurm.settings import Settings
 from tfslurm.slurm.observe import Observation
 from tfslurm.slurm.states import Fate
-from tfslurm.slurm.submissions import note_ended, note_seen
+from tfslurm.slurm.submissions import note_ended, note_seen, note_started
 from tfslurm.training.outcome import Failed, Outcome, Stopped, Succeeded, read_outcome
 from tfslurm.training.registration import register
 
@@ -26,7 +23,7 @@ def follow(settings: Settings, submission: Submission, seen: Observation) -> Non
     job, paths = queries.find_job(submission.object_id), settings.root.job(submission.object_id)
     started, outcome = read_json(paths.started), read_outcome(paths.outcome)
     if job.status == JobStatus.PENDING and started and started["uuid"] == submission.uuid:
-        _start(job, started)
+        note_started(job, JobStatus.RUNNING, started, actor=ACTOR)
     if JobStatus(job.status).ended:
         with write_transaction():
             note_ended(submission)
@@ -36,18 +33,6 @@ def follow(settings: Settings, submission: Submission, seen: Observation) -> Non
         _end(job, submission, seen, outcome)
     else:
         note_seen(submission, seen.state, seen.reason)
-
-
-def _start(job: Job, started: dict[str, Any]) -> None:
-    with write_transaction():
-        transition(
-            job,
-            JobStatus.RUNNING,
-            actor=ACTOR,
-            reason=f"attempt {started['attempt']} on {started['node']}",
-            started_at=datetime.fromisoformat(started["at"]),
-            attempt=started["attempt"],
-        )
 
 
 def _complete(settings: Settings, job: Job, submission: Submission, outcome: Succeeded) -> None:
