@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -107,10 +108,17 @@ def site(cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Site:
     return site
 
 
-def sacct(job_id: str, fields: str) -> list[str]:
-    """The fields of the allocation of a job, waited for: slurmdbd learns of them a moment later."""
-    command = ["sacct", "-X", "--noheader", "--parsable2", f"--format={fields}", f"--jobs={job_id}"]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip().split("|")
+def sacct(job_id: str, fields: str, *, ended: bool = False) -> list[str]:
+    """The fields of the allocation of a job; waits until slurmdbd knows it and, with `ended`, its end."""
+    command = ["sacct", "-X", "--noheader", "--parsable2", f"--format=State,{fields}", f"--jobs={job_id}"]
+    deadline = time.monotonic() + 60
+    while True:
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        state, *values = said.split("|")
+        if said and not (ended and state in ("PENDING", "RUNNING", "COMPLETING")):
+            return [state.split()[0], *values]
+        assert time.monotonic() < deadline, f"sacct says {said!r} of job {job_id}"
+        time.sleep(0.5)
 
 
 def trainers(folder: Path) -> list[int]:

@@ -153,6 +153,16 @@ def test_an_engine_that_refuses_the_probe_never_gets_healthy(
     assert endpoint.wait_until("healthy")["restarts"] == 0
 
 
+def test_the_site_s_time_limit_for_a_start_is_the_one_that_counts(
+    endpoint: Endpoint, config: ServingConfig, engine: Steer
+) -> None:
+    engine(mode="refusing")
+    endpoint.write(msgspec.structs.replace(config, start_timeout=0.7))
+    endpoint.start()
+    endpoint.wait_until("error")
+    assert "it was not ready 0.7 s after its start" in endpoint.state["reason"]
+
+
 def test_it_gives_up_with_the_engine_s_last_lines(
     endpoint: Endpoint, config: ServingConfig, engine: Steer, starts: Starts
 ) -> None:

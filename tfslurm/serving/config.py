@@ -29,6 +29,8 @@ class ServingConfig(msgspec.Struct, frozen=True, kw_only=True):
     """0 picks a free port at each start; an endpoint on the local launcher keeps one for life."""
     cache: str
     """A folder for compiled kernels, shared between endpoints."""
+    start_timeout: float | None = None
+    """Seconds until an engine that never became healthy is given up; None is the supervisor's own default."""
     engine_options: dict[str, str | int | float | bool] = {}
     """More options of vLLM's server, from the instance: `{"enforce-eager": true}`."""
 

@@ -71,6 +71,7 @@ def plan(settings: Settings, request: Request) -> Plan:
         bind="127.0.0.1" if instance.launcher == "local" else NODE_BIND,
         port=_free_port(settings.root) if instance.launcher == "local" else 0,
         cache=str(settings.root.cache / "vllm"),
+        start_timeout=settings.site.serving.start_timeout,
         engine_options=instance.engine_options,
     )
     if config.name == config.base_model.name:

@@ -170,6 +170,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def supervise(paths: EndpointPaths, config: ServingConfig, pace: Pace, board: Board) -> None:
     """Returns when the endpoint was stopped; raises a TfslurmError where it cannot run."""
+    if config.start_timeout is not None:
+        pace = msgspec.structs.replace(pace, start_timeout=config.start_timeout)
     supervisor = Supervisor(paths, config, read_key(paths.key), pace, board, os.environ)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, supervisor.stop)
