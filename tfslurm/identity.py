@@ -13,7 +13,7 @@ from tfslurm.errors import InvalidError
 ALPHABET = "0123456789abcdefghjkmnpqrstvwxyz"
 """Crockford's base 32, in lower case: no letter looks like a digit."""
 
-PREFIXES = {"dataset": "ds", "job": "job", "checkpoint": "ckpt", "endpoint": "ep"}
+PREFIXES = {"dataset": "ds", "job": "job", "checkpoint": "ckpt", "endpoint": "ep", "sweep": "sw"}
 
 NAME = re.compile(r"[a-z0-9]([a-z0-9._-]{0,61}[a-z0-9])?")
 ID = re.compile(rf"({'|'.join(PREFIXES.values())})-[{ALPHABET}]{{16}}")

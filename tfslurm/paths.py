@@ -69,8 +69,28 @@ class Root:
     def endpoint(self, endpoint_id: str) -> EndpointPaths:
         return EndpointPaths(self.path / "endpoints" / endpoint_id)
 
+    def array(self, name: str) -> ArrayPaths:
+        """What is handed over together as the tasks of one array, which Slurm calls `name`."""
+        return ArrayPaths(self.path / "arrays" / name)
+
     def import_(self, dataset_id: str) -> ImportPaths:
         return ImportPaths(self.path / "imports" / dataset_id)
+
+
+@dataclass(frozen=True)
+class ArrayPaths:
+    """The folder of an array: one script for all its tasks."""
+
+    folder: Path
+
+    @property
+    def script(self) -> Path:
+        return self.folder / "script.sh"
+
+    @property
+    def cells(self) -> Path:
+        """Line i + 1 is task i: the submission's uuid, a tab, the folder of what it runs."""
+        return self.folder / "cells"
 
 
 @dataclass(frozen=True)
@@ -109,12 +129,21 @@ class RunPaths:
         return self.folder / "stop"
 
     @property
+    def leave(self) -> Path:
+        """An empty file that asks what runs here to save its state and leave, to go on in another attempt."""
+        return self.folder / "leave"
+
+    @property
     def logs(self) -> Path:
         return self.folder / "logs"
 
     def log(self, attempt: int) -> Path:
-        """The batch script's output of one attempt; the first is 0."""
+        """The output of one attempt, the first being 0: the batch script's, and the first process's."""
         return self.logs / f"attempt-{attempt}.log"
+
+    def rank_log(self, attempt: int, rank: int) -> Path:
+        """The output of one of the other processes."""
+        return self.logs / f"attempt-{attempt}.rank-{rank}.log"
 
 
 class JobPaths(RunPaths):
@@ -148,6 +177,11 @@ class JobPaths(RunPaths):
     def metrics(self) -> Path:
         """One JSON object a step."""
         return self.folder / "metrics.jsonl"
+
+    @property
+    def resume(self) -> Path:
+        """The newest resumable state: `state.json` and its tensors, replaced as a whole."""
+        return self.folder / "resume"
 
     @property
     def adapter(self) -> Path:

@@ -35,15 +35,25 @@ class Environments(Strict):
     serve: str | None = None
 
 
+Count = Annotated[int, msgspec.Meta(ge=1)]
+Positive = Annotated[float, msgspec.Meta(gt=0)]
+Days = Annotated[float, msgspec.Meta(ge=0)]
+
+
 class SlurmSite(Strict):
     """How this site's Slurm is spoken to."""
 
     command_timeout: float = 30.0
     poll_floor: float = 10.0
     grace: float = 120.0
+    listing_timeout: Positive = 1.5
     gpu_request: Literal["gres", "gpus-per-node"] = "gres"
     account: str | None = None
     qos: str | None = None
+    requeue: bool = True
+    leave_seconds: Annotated[int, msgspec.Meta(ge=0, le=65535)] = 120
+    barren_attempts: Count = 3
+    stop_timeout: Positive = 600.0
 
 
 class Trainer(Strict):
@@ -60,6 +70,7 @@ class Trainer(Strict):
     zero_stage: Literal[0, 1, 2, 3] = 1
     gradient_checkpointing: bool = False
     verify_days: float = 7.0
+    save_minutes: Positive = 15.0
 
 
 class TrainingSite(Strict):
@@ -83,15 +94,14 @@ class ImportSite(Strict):
     instance: str = "auto"
 
 
-Days = Annotated[float, msgspec.Meta(ge=0)]
-
-
 class ReclaimSite(Strict):
     """How long bytes that nobody needs stay, in days."""
 
     grace: Days = 7.0
     trash_grace: Days = 2.0
     unused_tokens: Days = 30.0
+    resume: Days = 7.0
+    jobs: Days = 90.0
 
 
 class Site(Strict):
@@ -123,9 +133,6 @@ class Prologue(Strict):
     virtualenv: str | None = None
     environment: dict[str, str] = {}
     commands: list[str] = []
-
-
-Count = Annotated[int, msgspec.Meta(ge=1)]
 
 
 class Instance(Strict):

@@ -20,7 +20,7 @@ def schema(connection):
             "SELECT name, sql FROM sqlite_master WHERE type = 'index' AND tbl_name = ? ORDER BY name", (table,)
         )
         found[table] = (
-            connection.execute(f"PRAGMA table_info({table})").fetchall(),
+            sorted(row[1:] for row in connection.execute(f"PRAGMA table_info({table})")),
             sorted(row[2:] for row in connection.execute(f"PRAGMA foreign_key_list({table})")),
             indexes.fetchall(),
         )

@@ -155,6 +155,18 @@ class BaseModel(Table):
     created_at = TimeField()
 
 
+class Sweep(Table):
+    """Jobs that were started together over a grid; what differs between them stands in their configurations."""
+
+    id = CharField(primary_key=True, max_length=32)
+    name = CharField(max_length=63, unique=True)
+    grid = JsonField()
+    """The values of each hyperparameter that varies, in the order given: `[[name, [value, …]], …]`."""
+    max_parallel = IntegerField(null=True)
+    owner = TextField()
+    created_at = TimeField()
+
+
 class Job(Table):
     """A fine-tuning job; its hyperparameters stand in its rendered configuration alone."""
 
@@ -167,6 +179,7 @@ class Job(Table):
     instance = CharField(max_length=63)
     config_digest = CharField(max_length=80)
     attempt = IntegerField(default=0)
+    sweep = reference(Sweep, null=True, backref="jobs")
     error = TextField(null=True)
     owner = TextField()
     created_at = TimeField()
@@ -215,22 +228,34 @@ class Submission(Table):
     """One thing handed to Slurm or to the local launcher; the row is written before it is handed over."""
 
     uuid = CharField(primary_key=True, max_length=36)
+    name = CharField(max_length=36)
+    """What Slurm calls it: its own uuid, or that of the array whose task it is."""
     kind = CharField(max_length=16)
     object_id = CharField(max_length=32)
     state = CharField(max_length=16)
     launcher = CharField(max_length=16)
     cluster = TextField(null=True)
     job_id = CharField(max_length=64, null=True)
+    """Slurm's id, `123`, or `123_4` for an array's task; the process's handle where there is no Slurm."""
     array_index = IntegerField(null=True)
     attempt = IntegerField(default=0)
+    """The number of its first attempt: a restart by Slurm itself adds one."""
     slurm_state = CharField(max_length=32, null=True)
     reason = TextField(null=True)
+    nodes = TextField(null=True)
+    """Where it runs, or ran last, as Slurm writes it: n[1-2]."""
+    exclude = JsonField(default=list)
+    """The nodes that failed under an earlier attempt: this one must not get them."""
+    estimated_start = TimeField(null=True)
+    usage = JsonField(null=True)
+    """What accounting says once it has ended; see slurm.usage."""
     created_at = TimeField()
     submitted_at = TimeField(null=True)
     ended_at = TimeField(null=True)
 
 
 Submission.add_index(Submission.index(Submission.state, Submission.kind, name="submission_state"))
+Submission.add_index(Submission.index(Submission.name, name="submission_name"))
 Submission.add_index(Submission.index(Submission.object_id, Submission.created_at, name="submission_object"))
 
 
@@ -271,4 +296,4 @@ class Lease(Table):
     expires_at = TimeField()
 
 
-TABLES = (Artifact, Dataset, BaseModel, Job, Checkpoint, Endpoint, Submission, Mount, Event, Lease)
+TABLES = (Artifact, Dataset, BaseModel, Sweep, Job, Checkpoint, Endpoint, Submission, Mount, Event, Lease)

@@ -46,6 +46,7 @@ def record(name: str, instance: Instance, kind: str, object_id: str) -> Submissi
     """The row of what is about to be handed over; in the transaction that makes its object."""
     return Submission.create(
         uuid=name,
+        name=name,
         kind=kind,
         object_id=object_id,
         state=SubmissionState.SUBMITTING,

@@ -44,13 +44,23 @@ class Stopped(msgspec.Struct, frozen=True, kw_only=True, tag_field="result", tag
     step: int
 
 
+class Suspended(msgspec.Struct, frozen=True, kw_only=True, tag_field="result", tag="suspended"):
+    """Time is up, or the node is wanted back: the state after `step` updates is saved, to go on in another attempt.
+
+    `steps_made` is how many this attempt made itself: one that makes none had better not be repeated for ever.
+    """
+
+    step: int
+    steps_made: int
+
+
 class Failed(msgspec.Struct, frozen=True, kw_only=True, tag_field="result", tag="failed"):
     """`error` is one sentence for the job's view."""
 
     error: str
 
 
-Outcome = Succeeded | Stopped | Failed
+Outcome = Succeeded | Stopped | Suspended | Failed
 
 
 def write_outcome(path: Path, outcome: Outcome) -> None:
