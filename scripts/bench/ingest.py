@@ -2,11 +2,12 @@
 """Import and verify, beside what copies or reads the same bytes, in one run.
 
 Prints JSON: seconds and processor seconds (medians of --runs, each a fresh process), ratios and peak
-memory. The data are chats made from --seed. cp and openssl always run; `datasets.load_dataset("json")` with
---hf-python PYTHON, `dvc add` with --dvc PROGRAM. An import copies, hashes, validates, fsyncs and
-publishes; none of the others does all of that.
+memory. The data are chats made from --seed; with --shape columns, rows have columns of no use too,
+with --shape tools they have tools, a call of one, its result and a weight. cp and openssl always run;
+`datasets.load_dataset("json")` with --hf-python PYTHON, `dvc add` with --dvc PROGRAM. An import copies,
+hashes, validates, fsyncs and publishes; none of the others does all of that.
 
-    PYTHONPATH=. python scripts/bench/ingest.py --scratch /tmp/x [--mb 600] [--sizes 60,6000]
+    PYTHONPATH=. python scripts/bench/ingest.py --scratch /tmp/x [--mb 600] [--sizes 60,6000] [--shape tools]
 """
 
 from __future__ import annotations
@@ -49,8 +50,20 @@ SYLLABLES = "ta re mo li su ne ka the in an or er ou st on al en ti".split()
 ODD = ["“so”", "naïve", "→", "日本", "it's", 'f("x")', "a\\b"]
 
 
-def write_chats(path: Path, size: int, seed: int) -> int:
-    """About `size` bytes of chats of 1 to 3 turns, 1.7 KB each on average; returns the rows."""
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": "weather",
+            "description": "The weather of a place now.",
+            "parameters": {"type": "object", "properties": {"place": {"type": "string"}}, "required": ["place"]},
+        },
+    }
+]
+
+
+def write_chats(path: Path, size: int, seed: int, shape: str) -> int:
+    """About `size` bytes of chats of 1 to 3 turns, 1.4 KB each on average and more by `shape`; returns the rows."""
     draw, done, rows = random.Random(seed), 0, 0
     chats = [_chat(draw) for _ in range(8000)]
     with open(path, "w") as file:
@@ -58,8 +71,31 @@ def write_chats(path: Path, size: int, seed: int) -> int:
             rows += 1
             first, *rest = draw.choice(chats)
             messages = [{**first, "content": f"{first['content']} {rows}"}, *rest]
-            done += file.write(json.dumps({"messages": messages}, ensure_ascii=rows % 2 == 0) + "\n")
+            row = SHAPES[shape](rows, messages)
+            done += file.write(json.dumps(row, ensure_ascii=rows % 2 == 0) + "\n")
     return rows
+
+
+def _plain(number: int, messages: list[dict]) -> dict:
+    return {"messages": messages}
+
+
+def _with_columns(number: int, messages: list[dict]) -> dict:
+    metadata = {"source": "made", "language": "en", "score": number / 7}
+    return {"id": f"row-{number}", "messages": messages, "metadata": metadata}
+
+
+def _with_tools(number: int, messages: list[dict]) -> dict:
+    call = {"id": f"call_{number}", "type": "function"}
+    call["function"] = {"name": "weather", "arguments": '{"place": "Oslo"}'}
+    called = [
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "content": "4 °C, rain", "tool_call_id": call["id"]},
+    ]
+    return {"messages": [*messages[:-1], *called, {**messages[-1], "weight": 1}], "tools": TOOLS}
+
+
+SHAPES = {"plain": _plain, "columns": _with_columns, "tools": _with_tools}
 
 
 def _chat(draw: random.Random) -> list[dict[str, str]]:
@@ -201,7 +237,7 @@ def verify(data: Path, scratch: Path, runs: int) -> dict[str, Cost]:
 def growth(mb: int, scratch: Path, options: argparse.Namespace) -> dict[str, float]:
     """Seconds and memory of an import of `mb` megabytes."""
     data, home = scratch / f"{mb}.jsonl", scratch / "home"
-    write_chats(data, mb * 1_000_000, options.seed)
+    write_chats(data, mb * 1_000_000, options.seed, options.shape)
     tools = {"import": Tool(import_command(data, home), lambda: fresh(home))}
     cost = measure_in_turn(tools, options.runs if mb <= 1000 else 1)["import"]
     result = {
@@ -221,6 +257,7 @@ def main() -> None:
     parser.add_argument("--sizes", default="", help="megabytes of more imports, comma-separated: is time linear?")
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--shape", choices=list(SHAPES), default="plain")
     parser.add_argument("--hf-python", help="a Python that has datasets")
     parser.add_argument("--dvc", help="the program dvc")
     options = parser.parse_args()
@@ -233,7 +270,7 @@ def main() -> None:
 
 def measure(scratch: Path, options: argparse.Namespace) -> dict:
     data = scratch / "chats.jsonl"
-    rows, load = write_chats(data, options.mb * 1_000_000, options.seed), os.getloadavg()[0]
+    rows, load = write_chats(data, options.mb * 1_000_000, options.seed, options.shape), os.getloadavg()[0]
     data.read_bytes()
     costs = compare(data, scratch, options) | verify(data, scratch, options.runs)
     seconds = {name: cost.seconds for name, cost in costs.items()}

@@ -351,17 +351,78 @@ row = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=300, deadline=None)
-@given(row=row, format=st.sampled_from(list(ROWS)), ascii=st.booleans(), spaces=st.booleans())
-def test_the_quick_look_and_the_careful_one_agree_and_what_passes_can_be_read(row, format, ascii, spaces):
-    line = json.dumps(row, ensure_ascii=ascii, separators=None if spaces else (",", ":")).encode()
-    quick, careful = Validator(format, {}), Validator(format, {})
-    measure = quick._quickly(line)
-    careful_measure = careful._carefully("a.jsonl", 1, line)
+def looks(format, line):
+    """What the three looks at a line say, the first two of which need not say anything, and what they tally."""
+    for look in (Validator._quickly, Validator._sound, Validator._carefully):
+        validator = Validator(format, {})
+        arguments = (line,) if look is Validator._quickly else ("a.jsonl", 1, line)
+        yield look(validator, *arguments), validator.tally.counts, validator.tally.first
+
+
+def assert_the_looks_agree(format, line):
+    quick, sound, careful = looks(format, line)
+    measure, counts, _ = careful
+    assert quick[0] is None or (quick == careful and not counts)
+    assert sound == careful if sound[0] else not sound[1]
     if measure:
-        assert measure == careful_measure
-        assert not careful.tally.counts
-    if careful_measure:
         decoder(format)(line)
     else:
-        assert not careful.tally.counts["row_type"]
+        assert not counts["row_type"]
+
+
+@settings(max_examples=300, deadline=None)
+@given(row=row, format=st.sampled_from(list(ROWS)), ascii=st.booleans(), spaces=st.booleans())
+def test_the_quick_looks_and_the_careful_one_agree_and_what_passes_can_be_read(row, format, ascii, spaces):
+    assert_the_looks_agree(
+        format, json.dumps(row, ensure_ascii=ascii, separators=None if spaces else (",", ":")).encode()
+    )
+
+
+@pytest.mark.parametrize(("format", "line", "check"), [case[:3] for case in BAD + WARNED])
+def test_the_looks_agree_about_all_that_has_a_name(format, line, check):
+    assert_the_looks_agree(format, line if isinstance(line, bytes) else json.dumps(line).encode())
+
+
+CHAT = '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]'
+
+
+@pytest.mark.parametrize(
+    "rest",
+    [
+        ', "id": "1", "id": "1"}',
+        ', "m": {"k": 1, "k": 2}}',
+        ', "m": [{"k": "\\u0022\\u0022", "k": "\\u0022"}]}',
+        ', "m": {"k": "\\"\\\\", "\\u006b": 1}}',
+        ', "tools": [{"name": "f", "name": "g"}]}',
+        ', "messages": []}',
+        ', "m": ' + "[" * 62 + "{}" + "]" * 62 + "}",
+        ', "m": ' + "[" * 64 + "]" * 64 + "}",
+        ', "m": 1e999}',
+        ', "m": "\\ud800"}',
+        ', "m": NaN}',
+    ],
+)
+def test_the_looks_agree_about_what_lies_in_columns_of_no_use(rest):
+    assert_the_looks_agree("conversational", (CHAT + rest).encode())
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        chat(USER, ANSWER, id="row-1", metadata={"source": "é", "tags": ['"', "b"]}),
+        chat(USER, {**ANSWER, "weight": 1}),
+        chat({**USER, "name": "Ann"}, {**ANSWER, "content": [{"type": "text", "text": 'a "word"'}]}),
+        chat(
+            USER,
+            {"role": "assistant", "content": None, "tool_calls": [CALL]},
+            {"role": "tool", "content": "5", "tool_call_id": "1"},
+            ANSWER,
+            tools=[{"type": "function", "function": {"name": "f", "parameters": {"properties": {"a": {}}}}}],
+        ),
+    ],
+    ids=["columns", "weight", "parts", "tools"],
+)
+def test_common_rows_with_more_than_texts_need_no_careful_look(row):
+    _, sound, careful = looks("conversational", json.dumps(row).encode())
+    assert sound[0]
+    assert sound == careful

@@ -206,17 +206,17 @@ class Counts:
 
     def row(self, file: str, line: int, measure: Measure, key: int) -> None:
         """Count a row without errors; `key` is the same for the same bytes."""
-        self.rows_from(file, line, [measure], [key])
+        self.rows_from(file, [line], [measure], [key])
 
-    def rows_from(self, file: str, line: int, measures: Sequence[Measure], keys: Sequence[int]) -> None:
-        """Count rows without errors, the first at `line` and each at the next."""
+    def rows_from(self, file: str, lines: Sequence[int], measures: Sequence[Measure], keys: Sequence[int]) -> None:
+        """Count rows without errors, at `lines`, which ascend."""
         messages, sizes, schemas = zip(*measures, strict=True)
         self.rows += len(measures)
         self.messages += sum(messages)
         self.schemas.update(schemas)
         self.sizes.add_all(sizes)
-        self._note_longest(file, line, sizes)
-        self.note_keys(file, keys, range(line, line + len(keys)))
+        self._note_longest(file, lines, sizes)
+        self.note_keys(file, keys, lines)
 
     def bad_row(self) -> None:
         self.rows += 1
@@ -224,13 +224,13 @@ class Counts:
 
     def note_keys(self, file: str, keys: Sequence[int], lines: Sequence[int]) -> None:
         """Keep them: which rows are duplicates is seen where those before are known."""
-        self.keys.extend(keys)
-        self.lines.extend(lines)
+        self.keys.fromlist(list(keys))
+        self.lines.fromlist(list(lines))
 
-    def _note_longest(self, file: str, line: int, sizes: Sequence[int]) -> None:
+    def _note_longest(self, file: str, lines: Sequence[int], sizes: Sequence[int]) -> None:
         bound = -self._longest[-1][0] if len(self._longest) == FIRST else -1
         if max(sizes) > bound:
-            longer = [(-size, file, line + index) for index, size in enumerate(sizes) if size > bound]
+            longer = [(-size, file, line) for line, size in zip(lines, sizes, strict=True) if size > bound]
             self._longest = heapq.nsmallest(FIRST, self._longest + longer)
 
 
@@ -267,16 +267,26 @@ class Tally(Counts):
         self._note_keys(file, keys, lines, 0)
 
     def _note_keys(self, file: str, keys: Sequence[int], lines: Sequence[int], before: int) -> None:
-        fresh, room = set(keys), DUPLICATES_REMEMBERED - len(self._seen)
-        if self._seen.isdisjoint(fresh) and (not room or len(keys) == len(fresh) <= room):
-            if room:
-                self._seen |= fresh
+        if self._all_are_new(keys):
             return
         for key, line in zip(keys, lines, strict=True):
             if key in self._seen:
                 self.finding(file, before + line, "", "duplicate_row", "the same as an earlier row")
             elif len(self._seen) < DUPLICATES_REMEMBERED:
                 self._seen.add(key)
+
+    def _all_are_new(self, keys: Sequence[int]) -> bool:
+        """Whether none is a duplicate, which costs less to see than which one is; they are remembered then."""
+        before = len(self._seen)
+        room = DUPLICATES_REMEMBERED - before
+        if 0 < room < len(keys) or not self._seen.isdisjoint(keys):
+            return False
+        if room:
+            self._seen.update(keys)
+        if room and len(self._seen) < before + len(keys):
+            self._seen.difference_update(keys)
+            return False
+        return True
 
     def report(self) -> Report:
         """The report of all that was tallied."""

@@ -96,7 +96,7 @@ def join_input(instruction: str, given: str | None) -> str:
 
 
 def normalise(keys: msgspec.Struct) -> InstructionRow:
-    """The row of what `instruction_keys_decoder` decoded.
+    """The row of what an `instruction_keys_type` has.
 
     Raises msgspec.ValidationError unless there is exactly one prompt and one response.
     """
@@ -133,37 +133,41 @@ def _of(row: type[msgspec.Struct], field_map: Mapping[str, str]) -> dict[str, st
     return {name: field_map.get(name, name) for name in row.__struct_fields__}
 
 
+def text_type(field_map: Mapping[str, str]) -> type[TextRow]:
+    return renamed(TextRow, field_map)
+
+
 def text_decoder(field_map: Mapping[str, str]) -> Decode:
-    return msgspec.json.Decoder(renamed(TextRow, field_map)).decode
+    return msgspec.json.Decoder(text_type(field_map)).decode
 
 
 def text_lines_decoder(field_map: Mapping[str, str]) -> DecodeLines:
-    return msgspec.json.Decoder(renamed(TextRow, field_map)).decode_lines
+    return msgspec.json.Decoder(text_type(field_map)).decode_lines
+
+
+def pretokenized_type(field_map: Mapping[str, str]) -> type[PretokenizedRow]:
+    return renamed(PretokenizedRow, field_map)
 
 
 def pretokenized_decoder(field_map: Mapping[str, str]) -> Decode:
-    return msgspec.json.Decoder(renamed(PretokenizedRow, field_map)).decode
+    return msgspec.json.Decoder(pretokenized_type(field_map)).decode
 
 
 def pretokenized_lines_decoder(field_map: Mapping[str, str]) -> DecodeLines:
-    return msgspec.json.Decoder(renamed(PretokenizedRow, field_map)).decode_lines
+    return msgspec.json.Decoder(pretokenized_type(field_map)).decode_lines
 
 
-def instruction_keys_decoder(field_map: Mapping[str, str]) -> Decode:
-    """Decodes to a struct of INSTRUCTION_KEYS, before the spellings are brought together."""
-    return msgspec.json.Decoder(_instruction_keys(field_map)).decode
-
-
-def instruction_lines_decoder(field_map: Mapping[str, str]) -> DecodeLines:
-    return msgspec.json.Decoder(_instruction_keys(field_map)).decode_lines
-
-
-def _instruction_keys(field_map: Mapping[str, str]) -> type[msgspec.Struct]:
+def instruction_keys_type(field_map: Mapping[str, str]) -> type[msgspec.Struct]:
+    """A struct of INSTRUCTION_KEYS, before the spellings are brought together."""
     return _instruction_type(tuple(instruction_names(field_map).items()))
 
 
+def instruction_lines_decoder(field_map: Mapping[str, str]) -> DecodeLines:
+    return msgspec.json.Decoder(instruction_keys_type(field_map)).decode_lines
+
+
 def instruction_decoder(field_map: Mapping[str, str]) -> Decode:
-    decode = instruction_keys_decoder(field_map)
+    decode = msgspec.json.Decoder(instruction_keys_type(field_map)).decode
     return lambda line: normalise(decode(line))
 
 

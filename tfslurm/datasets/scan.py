@@ -28,9 +28,9 @@ from tfslurm.faults import fault_point
 if TYPE_CHECKING:
     from tfslurm.datasets.validation import Validator
 
-CHUNK = 4 * 1024 * 1024
+CHUNK = 1024 * 1024
 """Bytes that a worker reads at a time."""
-BLOCK = 256 * 1024
+BLOCK = 128 * 1024
 """Bytes of lines that are decoded at once: their rows still fit the processor's cache."""
 SMALL = 4 * 1024 * 1024
 """Bytes up to which starting processes costs more than it saves."""

@@ -1,7 +1,7 @@
 """Checks files line by line. The table of checks is in `checks`, the result is a `report.Report`.
 
-A plain row costs one decode and a count of its quotation marks; see `_has_only`. Any other row
-is looked at again by `diagnosis`, which names all that is wrong with it. Many lines at once cost
+A plain row costs one decode and a count of its quotation marks; see `measures`. Any other row is
+looked at again by `diagnosis`, which names all that is wrong with it. Many lines at once cost
 less than one by one and give the same; see `check_lines`.
 """
 
@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from tfslurm.datasets import diagnosis, rows
+from tfslurm.datasets import diagnosis, measures, rows
 from tfslurm.datasets.advice import array_advice
 from tfslurm.datasets.checks import CHECKS, Check, Severity
 from tfslurm.datasets.diagnosis import Finding
@@ -85,7 +85,8 @@ class Validator:
         self.tally = Tally(self.format, tokens=self.format is Format.PRETOKENIZED)
         self._counts: Counts = self.tally
         parts = _PARTS[self.format]
-        self._decode, self._decode_lines = parts.decoder(field_map), parts.lines_decoder(field_map)
+        self._row, self._decode_lines = parts.row(field_map), parts.lines_decoder(field_map)
+        self._decode = msgspec.json.Decoder(self._row).decode
         self._plain, self._measure = parts.plain, parts.measure
         self._diagnose = parts.diagnose(field_map)
 
@@ -170,50 +171,73 @@ class Validator:
         means one in each. Elsewhere, and where a row is not plain, the line is decoded by itself.
         """
         lines = io.BytesIO(block).readlines()
-        found = self._together(lines, block) if len(block) <= MAX_LINE else None
-        if found is None:
-            for number, line in enumerate(lines, first):
-                self._check_line(name, number, line[: MAX_LINE + 1])
-        elif None not in found:
-            self._counts.rows_from(name, first, found, list(map(hash, lines)))  # the `_key` of such lines
-        else:
-            for number, (line, measure) in enumerate(zip(lines, found, strict=True), first):
-                if measure:
-                    self._counts.row(name, number, measure, _key(line))
-                else:
-                    self._check_line(name, number, line)
-        return len(lines)
+        count = len(lines)
+        found = self._together(lines, block) if len(block) <= MAX_LINE else [None] * count
+        numbers: Sequence[int] = range(first, first + count)
+        if None not in found:
+            self._counts.rows_from(name, numbers, found, list(map(hash, lines)))  # the `_key` of such lines
+            return count
+        measured = zip(numbers, lines, found, strict=True)
+        good = [
+            (number, measure, _key(line))
+            for number, line, known in measured
+            if (measure := known or self._measure_line(name, number, line[: MAX_LINE + 1]))
+        ]
+        if good:
+            self._counts.rows_from(name, *zip(*good, strict=True))
+        return count
 
-    def _together(self, lines: list[bytes], block: bytes) -> list[Measure | None] | None:
-        """What `_quickly` says of each line; None where that takes decoding each by itself."""
+    def _together(self, lines: list[bytes], block: bytes) -> list[Measure | None]:
+        """What `_quickly` says of each line; None for all where that takes decoding each by itself."""
         try:
             decoded = self._decode_lines(block)
         except _UNDECODABLE:
-            return None
+            return [None] * len(lines)
         if len(decoded) != len(lines) or not _are_objects(lines):
-            return None
-        return list(map(self._plain, decoded, lines))
+            return [None] * len(lines)
+        return self._plain(decoded, lines)
 
     def _check_line(self, name: str, number: int, line: bytes) -> None:
+        if measure := self._measure_line(name, number, line):
+            self._counts.row(name, number, measure, _key(line))
+
+    def _measure_line(self, name: str, number: int, line: bytes) -> Measure | None:
+        """The measure of a row without errors; all else that there is to say of the line is tallied."""
         if not line or line.isspace():
             self._counts.finding(name, number, "", "blank_line", "a blank line, skipped")
-            return
+            return None
         if len(line) > MAX_LINE and not line.endswith(b"\n"):
             self._counts.finding(name, number, "", "line_too_long", f"has more than {MAX_LINE:,} bytes")
             self._counts.bad_row()
-            return
-        measure = self._quickly(line) or self._carefully(name, number, line)
+            return None
+        measure = self._quickly(line) or self._sound(name, number, line) or self._carefully(name, number, line)
         if measure is None:
             self._counts.bad_row()
-            return
-        self._counts.row(name, number, measure, _key(line))
+        return measure
 
     def _quickly(self, line: bytes) -> Measure | None:
         """The measure of a row with nothing to say about it; None where `diagnosis` must look."""
         try:
-            return self._plain(self._decode(line), line)
+            decoded = self._decode_lines(line)
         except _UNDECODABLE:
             return None
+        return self._plain(decoded, [line])[0] if len(decoded) == 1 else None
+
+    def _sound(self, name: str, number: int, line: bytes) -> Measure | None:
+        """What `_carefully` says and tallies of a row without errors, in half the time; None for others."""
+        try:
+            value = _decode_any(line)
+            if type(value) is not dict or not diagnosis.has_no_anomalies(value, line):
+                return None
+            measure = self._measure(msgspec.convert(value, self._row))
+        except _UNDECODABLE:
+            return None
+        findings = list(self._diagnose(value))
+        if not _REFUSING.isdisjoint([finding.check for finding in findings]):
+            return None
+        for check, path, message in findings:
+            self._counts.finding(name, number, path, check, message)
+        return measure
 
     def _carefully(self, name: str, number: int, line: bytes) -> Measure | None:
         """Tally every finding of the row; its measure, or None where one is an error."""
@@ -221,7 +245,7 @@ class Validator:
         refused = False
         for check, path, message in findings:
             self._counts.finding(name, number, path, check, message)
-            refused = refused or CHECKS[check].severity is Severity.REFUSE
+            refused = refused or check in _REFUSING
         if refused:
             return None
         try:
@@ -247,6 +271,8 @@ class Validator:
         return found + list(self._diagnose(value))
 
 
+_REFUSING = frozenset(name for name, check in CHECKS.items() if check.severity is Severity.REFUSE)
+_decode_any = msgspec.json.Decoder().decode
 _UNDECODABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 
 
@@ -263,124 +289,43 @@ def _are_objects(lines: list[bytes]) -> bool:
 _first, _last_before_end = itemgetter(0), itemgetter(-2)
 
 
-def _has_only(line: bytes, strings: int) -> bool:
-    """Whether the line's JSON has just so many strings, keys included.
-
-    Keys that the format doesn't know, and keys given twice, which the decoder passes over, would
-    each add one. Quotation marks inside a string are escaped, so the others number twice the strings.
-    """
-    marks = line.count(b'"')
-    if marks == 2 * strings:
-        return True
-    unescaped = line.replace(b"\\\\", b"") if b'\\\\"' in line else line
-    return marks - unescaped.count(b'\\"') == 2 * strings
-
-
-def _blank(text: str) -> bool:
-    return not text or text.isspace()
-
-
-def _plain_conversation(row: rows.ConversationRow | rows.PlainConversation, line: bytes) -> Measure | None:
-    """Of turns with a role and a text alone, user and assistant alternating, the assistant last."""
-    characters, previous = 0, ""
-    for message in row.messages:
-        content, role = message.content, message.role
-        if not content or type(content) is not str or content.isspace():
-            return None
-        if role == previous or (role == "system" and previous):
-            return None
-        characters += len(content)
-        previous = role
-    turns = len(row.messages)
-    return (turns, characters, "messages") if previous == "assistant" and _has_only(line, 1 + 4 * turns) else None
-
-
-def _measure_conversation(row: rows.ConversationRow) -> Measure:
-    used = ["messages"]
-    if row.tools:
-        used.append("tools")
-    if any(message.tool_calls for message in row.messages):
-        used.append("tool_calls")
-    return len(row.messages), sum(len(message.text) for message in row.messages), "+".join(used)
-
-
-def _plain_instruction(keys: Any, line: bytes) -> Measure | None:
-    given = {name: value for name in keys.__struct_fields__ if (value := getattr(keys, name)) is not None}
-    if any(_blank(value) for name, value in given.items() if name != "input") or not _has_only(line, 2 * len(given)):
-        return None
-    try:
-        return _measure_instruction(keys)
-    except msgspec.ValidationError:
-        return None
-
-
-def _measure_instruction(keys: Any) -> Measure:
-    row = rows.normalise(keys)
-    schema = "/".join(name for name in keys.__struct_fields__ if getattr(keys, name) is not None)
-    return 0, len(row.prompt) + len(row.response), schema
-
-
-def _plain_text(row: rows.TextRow, line: bytes) -> Measure | None:
-    return None if _blank(row.text) or not _has_only(line, 2) else _measure_text(row)
-
-
-def _measure_text(row: rows.TextRow) -> Measure:
-    return 0, len(row.text), "text"
-
-
-def _plain_pretokenized(row: rows.PretokenizedRow, line: bytes) -> Measure | None:
-    labels = row.labels
-    if not row.input_ids or not _has_only(line, 1 if labels is None else 2):
-        return None
-    if labels is not None:
-        negative = [label for label in labels if label < 0]
-        masked = negative.count(rows.IGNORED_LABEL)
-        if len(labels) != len(row.input_ids) or masked != len(negative) or masked == len(labels):
-            return None
-    return _measure_pretokenized(row)
-
-
-def _measure_pretokenized(row: rows.PretokenizedRow) -> Measure:
-    return 0, len(row.input_ids), "input_ids" if row.labels is None else "input_ids/labels"
-
-
 class _Parts(NamedTuple):
     """How rows of a format are decoded and measured; `plain` gives None where there is more to say."""
 
-    decoder: Callable[[Mapping[str, str]], rows.Decode]
+    row: Callable[[Mapping[str, str]], type]
     lines_decoder: Callable[[Mapping[str, str]], rows.DecodeLines]
-    plain: Callable[[Any, bytes], Measure | None]
+    plain: Callable[[Sequence[Any], Sequence[bytes]], list[Measure | None]]
     measure: Callable[[Any], Measure]
     diagnose: Callable[[Mapping[str, str]], diagnosis.Diagnose]
 
 
 _PARTS: dict[Format, _Parts] = {
     Format.CONVERSATIONAL: _Parts(
-        rows.conversation_decoder,
+        rows.conversation_type,
         rows.conversation_lines_decoder,
-        _plain_conversation,
-        _measure_conversation,
+        measures.plain_conversations,
+        measures.conversation,
         diagnosis.conversation,
     ),
     Format.INSTRUCTION: _Parts(
-        rows.instruction_keys_decoder,
+        rows.instruction_keys_type,
         rows.instruction_lines_decoder,
-        _plain_instruction,
-        _measure_instruction,
+        measures.plain_instructions,
+        measures.instruction,
         diagnosis.instruction,
     ),
     Format.TEXT: _Parts(
-        rows.text_decoder,
+        rows.text_type,
         rows.text_lines_decoder,
-        _plain_text,
-        _measure_text,
+        measures.plain_texts,
+        measures.text,
         diagnosis.text,
     ),
     Format.PRETOKENIZED: _Parts(
-        rows.pretokenized_decoder,
+        rows.pretokenized_type,
         rows.pretokenized_lines_decoder,
-        _plain_pretokenized,
-        _measure_pretokenized,
+        measures.plain_pretokenized,
+        measures.pretokenized,
         diagnosis.pretokenized,
     ),
 }
