@@ -7,7 +7,7 @@ import shutil
 import pytest
 
 from tfslurm.errors import InvalidError, StatusError
-from tfslurm.training.staging import main, stage_folder, stage_gguf
+from tfslurm.training.staging import inspect_folder, main, stage_folder, stage_gguf
 
 
 @pytest.fixture
@@ -25,6 +25,17 @@ def test_a_folder_is_copied_without_what_training_does_not_need(source, tmp_path
     assert {"config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja"} <= names
     assert not names & {"optimizer.pt", "pytorch_model.bin"}
     assert [path.name for path in (tmp_path / "models").iterdir()] == ["m"]
+
+
+def test_the_same_weights_for_another_program_are_left_out_and_not_counted(source, tmp_path):
+    shutil.copyfile(source / "model.safetensors", source / "consolidated.safetensors")
+    plain, staged = stage_folder(source, tmp_path / "a"), inspect_folder(source)
+    assert staged == plain and not (tmp_path / "a" / "consolidated.safetensors").exists()
+    os.rename(source / "model.safetensors", source / "model-00001-of-00001.safetensors")
+    names = {"weight_map": {"a": "model-00001-of-00001.safetensors"}}
+    (source / "model.safetensors.index.json").write_text(json.dumps(names))
+    assert stage_folder(source, tmp_path / "b") == plain
+    assert not (tmp_path / "b" / "consolidated.safetensors").exists()
 
 
 def test_parameters_are_counted_from_the_headers(source, tmp_path):
@@ -82,7 +93,7 @@ def test_the_commands_last_line_describes_the_model(source, tmp_path, capsys):
     described = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert described.keys() == {"architecture", "parameters", "vocabulary_size", "max_position_embeddings"}
     assert main(["--path", str(source), str(tmp_path / "m")]) == 4
-    assert "exists already" in capsys.readouterr().err
+    assert "exists already" in json.loads(capsys.readouterr().out.splitlines()[-1])["error"]
 
 
 def test_the_real_model_answers_once_staged(smollm2):

@@ -13,6 +13,7 @@ import click
 from tfslurm.cli.context import Context, pass_context
 from tfslurm.cli.options import confirm, listing_options, reference, yes_option
 from tfslurm.cli.output import human_size, output_options, print_done, print_one, print_rows, progress_bar
+from tfslurm.cli.preview import preview
 
 FORMATS = click.Choice(["conversational", "instruction", "text", "pretokenized"])
 
@@ -38,6 +39,9 @@ def parse_map(maps: tuple[str, ...]) -> dict[str, str]:
 @click.group()
 def dataset() -> None:
     """Training data: registered, sealed, and never changed again."""
+
+
+dataset.add_command(preview)
 
 
 @dataset.command()
@@ -375,13 +379,16 @@ def unmount(context: Context, destination: Path) -> None:
 
 @dataset.command()
 @reference("dataset")
+@click.option("--as", "name", metavar="NEW", help="Call it so: its old name may be another one's by now.")
 @output_options
 @pass_context
-def restore(context: Context, ref: str, output: str) -> None:
+def restore(context: Context, ref: str, name: str | None, output: str) -> None:
     """Take a deletion back, while the bytes are there."""
     settings = context.open()
+    from tfslurm.artifacts.restore import deleted
     from tfslurm.catalog.queries import find_dataset
     from tfslurm.catalog.views import dataset_view
     from tfslurm.datasets.registry import restore as bring_back
 
-    print_one(dataset_view(bring_back(find_dataset(ref, deleted=True)), settings.root), output)
+    row = find_dataset(deleted("dataset", ref) if name else ref, deleted=True)
+    print_one(dataset_view(bring_back(row, name), settings.root), output)

@@ -20,22 +20,25 @@ def model() -> None:
 @click.argument("name")
 @click.option("--path", type=click.Path(exists=True, file_okay=False, path_type=Path), help="A Hugging Face folder.")
 @click.option("--gguf", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="A GGUF file.")
+@click.option("--hf", metavar="ID[@REV]", help="A model of the Hugging Face Hub, or of its cache on this machine.")
 @output_options
 @pass_context
-def add(context: Context, name: str, path: Path | None, gguf: Path | None, output: str) -> None:
+def add(context: Context, name: str, path: Path | None, gguf: Path | None, hf: str | None, output: str) -> None:
     """Stage a base model under the root, with its revision and digest.
 
     \b
-    It is read by the training environment. Examples:
+    It is read by the training environment. Of a model of the Hub, the commit that the
+    revision means now is recorded. Examples:
       tfslurm model add llama-3.1-8b --path /models/Llama-3.1-8B-Instruct
       tfslurm model add smollm2-135m-instruct --gguf SmolLM2-135M-Instruct.Q4_1.gguf
+      tfslurm model add smollm2-135m-instruct --hf HuggingFaceTB/SmolLM2-135M-Instruct@main
     """
-    if (path is None) == (gguf is None):
-        raise click.UsageError("Name one source: --path or --gguf.")
+    if sum(source is not None for source in (path, gguf, hf)) != 1:
+        raise click.UsageError("Name one source: --path, --gguf or --hf.")
     from tfslurm.catalog.views import model_view
     from tfslurm.training.base_models import add as stage
 
-    print_one(model_view(stage(context.open(), name, path=path, gguf=gguf)), output)
+    print_one(model_view(stage(context.open(), name, path=path, gguf=gguf, hf=hf)), output)
 
 
 @model.command("list")

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
 from pathlib import Path
+
+import msgspec
 
 from tfslurm.artifacts import manifest
 from tfslurm.artifacts.publish import publish, remove_tree
@@ -15,30 +15,45 @@ from tfslurm.errors import InvalidError, StatusError
 from tfslurm.identity import check_name, current_user
 from tfslurm.paths import STAGING
 from tfslurm.settings import Settings
+from tfslurm.training.programs import ask
+from tfslurm.training.staging import StagedModel
 
 
-def add(settings: Settings, name: str, *, path: Path | None = None, gguf: Path | None = None) -> BaseModel:
-    """Stage a Hugging Face folder, or a GGUF file as one, and put it on the allow-list.
+def add(
+    settings: Settings, name: str, *, path: Path | None = None, gguf: Path | None = None, hf: str | None = None
+) -> BaseModel:
+    """Stage a Hugging Face folder, a GGUF file as one, or a model of the Hub (`ID[@REVISION]`), and allow it.
 
-    It is converted by the training environment, since this one needs no torch. Raises StatusError where the
-    name is taken, InvalidError where the model cannot be read; nothing is registered then.
+    It is read by the training environment, since this one needs no torch. The revision is the commit of a model of
+    the Hub, and of any other the start of its digest. Raises StatusError where the name is taken, InvalidError
+    where the model cannot be read, and what `hub.fetch` raises; nothing is registered then.
     """
     check_name(name)
     _check_free(name)
-    source = (path or gguf).expanduser().absolute()
-    if not source.exists():
-        raise InvalidError(f"{source}: no such file or folder")
+    source, option = _source(path, gguf, hf)
     final, staging = settings.root.model(name), settings.root.model(STAGING + name)
     for leftover in (staging, final):  # of an earlier attempt that was killed before its row was written
         if leftover.exists():
             remove_tree(leftover)
-    metadata = _stage(settings, ["--gguf" if gguf else "--path", str(source)], staging)
+    staged = ask(settings, "tfslurm.training.staging", option, str(staging), answer=StagedModel, online=hf is not None)
+    if staged.revision:
+        source = f"hf://{hf.partition('@')[0]}@{staged.revision}"
     content = manifest.build(staging)
     manifest.write(content, staging)
     publish(staging, final)
     with write_transaction():
         _check_free(name)
-        return _insert(name, str(source), content, final, metadata)
+        return _insert(name, source, content, final, staged)
+
+
+def _source(path: Path | None, gguf: Path | None, hf: str | None) -> tuple[str, str]:
+    """What is recorded as the source, and the staging program's option for it."""
+    if hf is not None:
+        return hf, f"--hf={hf}"
+    source = (path or gguf).expanduser().absolute()
+    if not source.exists():
+        raise InvalidError(f"{source}: no such file or folder")
+    return str(source), f"{'--gguf' if gguf else '--path'}={source}"
 
 
 def _check_free(name: str) -> None:
@@ -46,22 +61,12 @@ def _check_free(name: str) -> None:
         raise StatusError(f"the base model '{name}' is there already", hint="Remove it first, or choose another name.")
 
 
-def _stage(settings: Settings, source: list[str], staging: Path) -> dict:
-    """Run the staging program; what it says of the model. Its progress goes to this process's stderr."""
-    command = [settings.python("train"), "-m", "tfslurm.training.staging", *source, str(staging)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-    if done.returncode:
-        raise InvalidError(
-            f"{source[1]} could not be staged as a base model",
-            hint=f"The reason stands above. It ran in the training environment, {command[0]}.",
-        )
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def _insert(name: str, source: str, content: manifest.Manifest, final: Path, metadata: dict) -> BaseModel:
+def _insert(name: str, source: str, content: manifest.Manifest, final: Path, staged: StagedModel) -> BaseModel:
+    metadata = msgspec.to_builtins(staged)
+    revision = metadata.pop("revision", content.digest.partition(":")[2][:12])
     model = BaseModel.create(
         name=name,
-        revision=content.digest.partition(":")[2][:12],
+        revision=revision,
         digest=content.digest,
         location=str(final),
         source=source,

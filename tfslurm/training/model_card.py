@@ -1,30 +1,27 @@
-"""The README.md of an adapter: what it is and what it was made from."""
+"""The README.md of an adapter, or of a merged model: what it is and what it was made from."""
 
 from __future__ import annotations
 
 import json
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
 
 from tfslurm import __version__
 from tfslurm.training.config import TrainingConfig
 
 CARD = """\
 ---
-base_model: {base_model}
-library_name: peft
-tags: [lora, tfslurm]
----
+{head}---
 # {name}
 
-A LoRA adapter of `{base_model}`, trained by tfslurm {version}.
+{what} `{base_model}`, trained by tfslurm {version}.
 
 | | |
 |---|---|
-| job | {job} (`{job_id}`) |
-| base model | `{base_model}`, digest `{base_digest}` |
-| dataset | {dataset} (`{dataset_id}`, {format}), digest `{dataset_digest}` |
-| seed | {seed} |
-| steps | {steps} |
-| final training loss | {loss:.4f} |
+{rows}
 
 Hyperparameters, as submitted:
 
@@ -32,30 +29,93 @@ Hyperparameters, as submitted:
 {hyperparameters}
 ```
 
-Load it with PEFT: `PeftModel.from_pretrained(base, "path/to/this/folder")`.
+{usage}
 """
 
+PEFT_USAGE = """\
+Load it with PEFT, on the base model above, in that revision:
 
-def model_card(config: TrainingConfig, *, steps: int, loss: float) -> str:
-    """Markdown with the hub's front matter."""
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+base = AutoModelForCausalLM.from_pretrained("path/to/the/base/model")
+model = PeftModel.from_pretrained(base, "path/to/this/folder")
+```"""
+
+MERGED_USAGE = """\
+It needs no PEFT:
+
+```python
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
+```"""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What the catalog knows of a checkpoint, beside its job's configuration; sources as they were recorded."""
+
+    checkpoint: str
+    checkpoint_id: str
+    digest: str
+    base_source: str | None = None
+    dataset_source: str | None = None
+
+
+def model_card(
+    config: TrainingConfig, *, steps: int, loss: float, origin: Origin | None = None, merged: bool = False
+) -> str:
+    """Markdown with the Hub's front matter; `origin` is of a checkpoint that is registered already.
+
+    https://huggingface.co/docs/hub/model-cards#model-card-metadata
+    """
     hyperparameters = config.hyperparameters
     values = {name: getattr(hyperparameters, name) for name in hyperparameters.__struct_fields__}
     return CARD.format(
+        head=yaml.safe_dump(_head(config, origin, merged), sort_keys=False),
         name=config.name,
+        what="A model: a LoRA adapter merged into" if merged else "A LoRA adapter of",
+        base_model=_on_hub(origin) or config.base_model.name,
         version=__version__,
-        job=config.name,
-        job_id=config.job_id,
-        base_model=base_name(config),
-        base_digest=config.base_model.digest,
-        dataset=config.dataset.name,
-        dataset_id=config.dataset.id,
-        format=config.dataset.format,
-        dataset_digest=config.dataset.digest,
-        seed=config.seed,
-        steps=steps,
-        loss=loss,
+        rows="\n".join(f"| {key} | {value} |" for key, value in _rows(config, steps, loss, origin).items()),
         hyperparameters=json.dumps(values, indent=2),
+        usage=MERGED_USAGE if merged else PEFT_USAGE,
     )
+
+
+def _head(config: TrainingConfig, origin: Origin | None, merged: bool) -> dict[str, Any]:
+    """What the Hub reads. Only a base model and a dataset that come from there are known there by a name."""
+    base = _on_hub(origin) or config.base_model.name
+    head: dict[str, Any] = {
+        "base_model": base,
+        "base_model_relation": "finetune" if merged else "adapter",
+        "library_name": "transformers" if merged else "peft",
+        "pipeline_tag": "text-generation",
+        "tags": ["tfslurm"] if merged else [f"base_model:adapter:{base}", "lora", "transformers", "tfslurm"],
+    }
+    found = re.match(r"hf://datasets/([^/@]+/[^/@]+)", (origin and origin.dataset_source) or "")
+    return head | ({"datasets": [found[1]]} if found else {})
+
+
+def _on_hub(origin: Origin | None) -> str | None:
+    """The base model's name on the Hub, if it came from there."""
+    found = re.match(r"hf://([^@]+)", (origin and origin.base_source) or "")
+    return found and found[1]
+
+
+def _rows(config: TrainingConfig, steps: int, loss: float, origin: Origin | None) -> dict[str, str]:
+    base, dataset = config.base_model, config.dataset
+    said = origin and f"{origin.checkpoint} (`{origin.checkpoint_id}`), digest `{origin.digest}`"
+    return ({"checkpoint": said} if said else {}) | {
+        "job": f"{config.name} (`{config.job_id}`)",
+        "base model": f"`{base_name(config)}`, digest `{base.digest}`",
+        "dataset": f"{dataset.name} (`{dataset.id}`, {dataset.format}), digest `{dataset.digest}`",
+        "seed": str(config.seed),
+        "steps": str(steps),
+        "final training loss": f"{loss:.4f}",
+    }
 
 
 def base_name(config: TrainingConfig) -> str:

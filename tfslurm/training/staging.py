@@ -1,7 +1,7 @@
 """Stage a base model: bring it under the storage root as an ordinary Hugging Face folder.
 
-`python -m tfslurm.training.staging (--gguf FILE | --path FOLDER) DESTINATION` runs where torch is
-installed; the last line of its standard output is a `StagedModel` as JSON.
+`python -m tfslurm.training.staging (--gguf FILE | --path FOLDER | --hf ID[@REVISION]) DESTINATION` runs where
+torch is installed; the last line of its standard output is a `StagedModel` as JSON.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from pathlib import Path
 
 import msgspec
 
-from tfslurm.errors import InvalidError, StatusError, TfslurmError
+from tfslurm.errors import InvalidError, StatusError
 from tfslurm.files import fsync_folder
+from tfslurm.training.programs import answering
 
 INDEX = "model.safetensors.index.json"
 COPIED = (
@@ -40,15 +41,18 @@ COPIED = (
     "NOTICE*",
     "README.md",
 )
+NOT_FETCHED = ("*/*.safetensors", "consolidated*.safetensors")
+"""The same weights again, in the layout of other programs."""
 
 
-class StagedModel(msgspec.Struct, frozen=True, kw_only=True):
-    """What a staged folder holds; `parameters` counts tied weights once."""
+class StagedModel(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What a staged folder holds; `parameters` counts tied weights once, `revision` is the Hub's commit."""
 
     architecture: str
     parameters: int
     vocabulary_size: int
     max_position_embeddings: int
+    revision: str | None = None
 
 
 def stage_gguf(gguf: Path, destination: Path) -> StagedModel:
@@ -72,9 +76,21 @@ def stage_folder(source: Path, destination: Path) -> StagedModel:
     return _publish(destination, lambda folder: _copy_files(source, folder))
 
 
+def stage_hub(reference: str, destination: Path) -> StagedModel:
+    """Copy the model that the Hub calls `ID[@REVISION]`, pinned to the commit that this is now.
+
+    Raises what `hub.fetch` and `stage_folder` raise.
+    """
+    from tfslurm.training.hub import fetch
+
+    _say(f"fetching {reference}")
+    snapshot = fetch(reference, COPIED, NOT_FETCHED)
+    return msgspec.structs.replace(stage_folder(snapshot.folder, destination), revision=snapshot.commit)
+
+
 def inspect_folder(folder: Path) -> StagedModel:
     """Read what `StagedModel` tells from config.json and the safetensors headers; loads no weights."""
-    config = _read_config(folder)
+    config = read_config(folder)
     text = config.get("text_config", config)
     missing = [key for key in ("vocab_size", "max_position_embeddings") if not isinstance(text.get(key), int)]
     if missing:
@@ -82,7 +98,7 @@ def inspect_folder(folder: Path) -> StagedModel:
     architectures = config.get("architectures") or ["?"]
     return StagedModel(
         architecture=architectures[0],
-        parameters=sum(_count_parameters(path) for path in sorted(folder.glob("*.safetensors"))),
+        parameters=sum(math.prod(shape) for shape in shapes(folder).values()),
         vocabulary_size=text["vocab_size"],
         max_position_embeddings=text["max_position_embeddings"],
     )
@@ -97,7 +113,7 @@ def _publish(destination: Path, fill: Callable[[Path], None]) -> StagedModel:
         fill(temporary)
         staged = inspect_folder(temporary)
         _check_tokenizer(temporary)
-        _settle(temporary)
+        settle(temporary)
         os.rename(temporary, destination)
     except BaseException:
         shutil.rmtree(temporary)
@@ -138,24 +154,36 @@ def _forget_quantization(model) -> None:
         model.config._name_or_path = ""
 
 
-def _require_weights(source: Path) -> None:
-    _read_config(source)
-    index = source / INDEX
+def weights(folder: Path) -> list[Path]:
+    """The files with the weights: those that the index names, else model.safetensors, else all there are.
+
+    Raises InvalidError where one of them is missing.
+    """
+    index = folder / INDEX
     if index.is_file():
-        shards = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+        names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+    elif (folder / "model.safetensors").is_file():
+        names = ["model.safetensors"]
     else:
-        shards = [path.name for path in source.glob("*.safetensors")]
-    if not shards:
+        names = sorted(path.name for path in folder.glob("*.safetensors"))
+    if not names:
         raise InvalidError(
-            f"{source} holds no .safetensors file",
+            f"{folder} holds no .safetensors file",
             hint="pickled weights are not taken: save the model with save_pretrained first",
         )
-    missing = [name for name in shards if not (source / name).is_file()]
+    missing = [name for name in names if not (folder / name).is_file()]
     if missing:
-        raise InvalidError(f"{source} lacks {', '.join(missing)}, which {INDEX} names", hint="download the rest")
+        raise InvalidError(f"{folder} lacks {', '.join(missing)}, which {INDEX} names", hint="download the rest")
+    return [folder / name for name in names]
 
 
-def _read_config(folder: Path) -> dict:
+def shapes(folder: Path) -> dict[str, list[int]]:
+    """Every weight's shape by its name, from the headers of the files. Raises InvalidError."""
+    return {name: shape for path in weights(folder) for name, shape in _header_shapes(path)}
+
+
+def read_config(folder: Path) -> dict:
+    """config.json of an unquantized model. Raises InvalidError."""
     path = folder / "config.json"
     try:
         config = json.loads(path.read_bytes())
@@ -168,9 +196,15 @@ def _read_config(folder: Path) -> dict:
     return config
 
 
+def _require_weights(source: Path) -> None:
+    read_config(source)
+    weights(source)
+
+
 def _copy_files(source: Path, folder: Path) -> None:
-    paths = sorted({path for pattern in COPIED for path in source.glob(pattern) if path.is_file()})
-    for path in paths:
+    paths = {path for pattern in COPIED for path in source.glob(pattern) if path.is_file()}
+    other = set(source.glob("*.safetensors")) - set(weights(source))
+    for path in sorted(paths - other):
         _say(f"copying {path.relative_to(source)} ({path.stat().st_size / 1e6:,.1f} MB)")
         target = folder / path.relative_to(source)
         target.parent.mkdir(exist_ok=True)
@@ -186,22 +220,22 @@ def _check_tokenizer(folder: Path) -> None:
         raise InvalidError(f"the tokenizer does not load: {error}", hint="is tokenizer.json in the folder?") from error
 
 
-def _count_parameters(path: Path) -> int:
-    """Parameters in one file, from its header: u64 length, JSON (https://huggingface.co/docs/safetensors)."""
+def _header_shapes(path: Path) -> list[tuple[str, list[int]]]:
+    """Of one file, from its header: u64 length, JSON (https://huggingface.co/docs/safetensors)."""
     try:
         with open(path, "rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
             header = json.loads(file.read(length))
     except (struct.error, ValueError) as error:
         raise InvalidError(f"{path.name} is no safetensors file: {error}") from error
-    return sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
+    return [(name, entry["shape"]) for name, entry in header.items() if name != "__metadata__"]
 
 
-def _settle(folder: Path) -> None:
-    """Readable by everyone, and on disk before the rename makes it visible."""
-    folder.chmod(0o755)
+def settle(folder: Path, umask: int = 0o022) -> None:
+    """Readable by everyone, or as `umask` says, and on disk before a rename makes it visible."""
+    folder.chmod(0o777 & ~umask)
     for path in folder.rglob("*"):
-        path.chmod(0o755 if path.is_dir() else 0o644)
+        path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
         if path.is_file():
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
@@ -217,18 +251,18 @@ def main(argv: list[str] | None = None) -> int:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--gguf", type=Path, help="a GGUF file, to be unpacked to bfloat16")
     source.add_argument("--path", type=Path, help="a Hugging Face folder, to be copied")
+    source.add_argument("--hf", metavar="ID[@REVISION]", help="a model of the Hugging Face Hub")
     parser.add_argument("destination", type=Path)
     arguments = parser.parse_args(argv)
-    try:
-        if arguments.gguf:
-            staged = stage_gguf(arguments.gguf, arguments.destination)
-        else:
-            staged = stage_folder(arguments.path, arguments.destination)
-    except TfslurmError as error:
-        _say(str(error))
-        return error.exit_code
-    print(msgspec.json.encode(staged).decode(), flush=True)
-    return 0
+    return answering(lambda: _stage(arguments))
+
+
+def _stage(arguments: argparse.Namespace) -> StagedModel:
+    if arguments.gguf:
+        return stage_gguf(arguments.gguf, arguments.destination)
+    if arguments.hf is not None:
+        return stage_hub(arguments.hf, arguments.destination)
+    return stage_folder(arguments.path, arguments.destination)
 
 
 if __name__ == "__main__":
