@@ -66,6 +66,38 @@ def test_a_name_that_was_given_away_is_not_taken_back(installation):
     assert registry.restore(old).artifact.status == "assembling"
 
 
+def test_one_whose_name_was_given_away_is_restored_under_another(installation):
+    old = installation.dataset()
+    installation.run("dataset", "delete", "chats", "--yes", check=0)
+    new = installation.dataset(ready=False)
+    before = installation.everything()
+    for name, code in (("chats", 4), ("Not Allowed", 5), ("ds-0123456789abcdef", 5)):
+        installation.run("dataset", "restore", "chats", "--as", name, check=code)
+    assert installation.everything() == before
+    restored = installation.json("dataset", "restore", "chats", "--as", "chats-2025")
+    assert (restored["id"], restored["name"], restored["status"]) == (old.artifact_id, "chats-2025", "ready")
+    assert queries.find_dataset("chats").artifact_id == new.artifact_id
+    assert queries.events_of(old.artifact_id)[-1].reason == "restored; it was called 'chats'"
+    verify_folder(installation.root.dataset(old.artifact_id), restored["digest"])
+
+
+def test_only_a_deleted_one_gets_a_new_name(installation):
+    made = installation.dataset()
+    before = installation.everything()
+    assert registry.restore(made, "chats").artifact.name == "chats"
+    with pytest.raises(StatusError, match="'chats' is ready: only a deleted one"):
+        registry.restore(made, "notes")
+    assert installation.everything() == before
+
+
+def test_a_checkpoint_gets_another_name_too(installation):
+    installation.completed()
+    installation.run("checkpoint", "delete", "first", "--yes", check=0)
+    restored = installation.json("checkpoint", "restore", "first", "--as", "first-again")
+    assert (restored["name"], restored["status"]) == ("first-again", "ready")
+    assert queries.find_checkpoint("first-again").job.name == "first"
+
+
 def test_one_whose_bytes_were_reclaimed_is_not_restored_though_they_are_in_the_trash(installation):
     gone = registry.delete(installation.dataset())
     reclaim(installation.settings, at=now() + timedelta(days=8))
@@ -110,7 +142,7 @@ def test_the_commands_restore_and_refuse(installation):
     installation.dataset(ready=False)
     gone = installation.json("dataset", "list", "--status", "deleted")[0]
     done = installation.run("dataset", "restore", gone["id"], check=4)
-    assert "is taken by" in done.stderr and gone["location"] in done.stderr
+    assert "is taken by" in done.stderr and f"tfslurm dataset restore {gone['id']} --as NAME" in done.stderr
 
 
 def test_the_registry_lists_both_kinds_by_kind_and_status_and_says_what_was_reclaimed(installation):

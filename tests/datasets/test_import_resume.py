@@ -179,7 +179,12 @@ def test_what_was_ended_from_outside_is_submitted_again(installation, server, mo
     monkeypatch.setattr(importing.submissions, "hand_over", lambda *_: None)
     made = importing.start(installation.settings, "copied", "text", {}, server.add("/data.jsonl", ROWS))
     Submission.update(launcher=launcher).execute()
-    importing.follow(installation.settings, Submission.get(), Observation(fate, "so", exit_code=code))
+    importing.follow(
+        installation.settings,
+        queries.find_dataset(Submission.get().object_id),
+        Submission.get(),
+        Observation(fate, "so", exit_code=code),
+    )
     assert queries.find_dataset(made.artifact_id).artifact.status == ("assembling" if again else "error")
     assert Submission.select().count() == 1 + again
 

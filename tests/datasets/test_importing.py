@@ -208,7 +208,9 @@ def test_what_is_refused_leaves_nothing(installation, source, changes, error):
 def test_an_import_that_slurm_refuses_is_in_error(installation, source, tmp_path, monkeypatch):
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "sbatch").write_text("#!/bin/sh\necho 'sbatch: error: invalid account' >&2; exit 1\n")
-    (tmp_path / "bin" / "sbatch").chmod(0o755)
+    (tmp_path / "bin" / "scontrol").write_text("#!/bin/sh\necho 'ClusterName = lab'\n")
+    for name in ("sbatch", "scontrol"):
+        (tmp_path / "bin" / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
     with pytest.raises(InvalidError, match="invalid account"):
         importing.start(installation.settings, "copied", "text", {}, str(source), "cpu")

@@ -16,13 +16,16 @@ from typing import Any
 
 from tfslurm.artifacts.trash import changed
 from tfslurm.catalog import needs
-from tfslurm.catalog.models import Artifact, Endpoint, Job
+from tfslurm.catalog.models import Artifact, Endpoint, Job, Submission, Sweep
 from tfslurm.files import read_json
 from tfslurm.identity import job_id_of
-from tfslurm.paths import LOCK, STAGING, RunPaths
+from tfslurm.paths import LOCK, STAGING, ArrayPaths, RunPaths
 from tfslurm.settings import Settings
 
-FOLDERS = ("datasets", "checkpoints", "assembling", "imports", "jobs", "endpoints", "models", "cache/tokens")
+FOLDERS = (
+    "datasets", "checkpoints", "assembling", "imports", "jobs", "arrays", "endpoints", "models", "cache/tokens",
+    "cache/identities",
+)  # fmt: skip
 """Where something may be left over, below the root."""
 
 
@@ -58,6 +61,7 @@ class Judge:
     def __init__(self, settings: Settings, row: Callable[[str], Any]) -> None:
         self.root, self.row, self.alive = settings.root, row, needs.alive()
         self.grace = timedelta(days=settings.site.reclaim.grace)
+        self.jobs = timedelta(days=settings.site.reclaim.jobs)
         self.unused = timedelta(days=settings.site.reclaim.unused_tokens)
         self.tokens = {(read_json(self.root.job(name).prepared) or {}).get("tokens") for name in self.alive}
 
@@ -68,9 +72,11 @@ class Judge:
             "assembling": self._assembling,
             "imports": self._import,
             "jobs": self._run,
+            "arrays": self._array,
             "endpoints": self._run,
             "models": self._model,
             "tokens": self._token_file,
+            "identities": self._identities,
         }
         return rules[path.parent.name](path)
 
@@ -131,6 +137,19 @@ class Judge:
             return Leftover(path, "of a command that was killed before it registered this", changed(path) + self.grace)
         return None
 
+    def _array(self, path: Path) -> Leftover | None:
+        """What tasks of an array share, by its name; or cells of a sweep that take turns, by the sweep's id."""
+        tasks = Submission.select().join(Job, on=(Job.id == Submission.object_id))
+        tasks = list(tasks.where((Submission.name == path.name) | (Job.sweep == path.name)))
+        if any(task.object_id in self.alive for task in tasks):
+            return None
+        if tasks:
+            due = max(task.ended_at for task in tasks) + self.jobs
+            return Leftover(path, "all that was handed over with it has ended", due)
+        if Sweep.get_or_none(Sweep.id == path.name) or any(map(_known, _cells(path))):
+            return None
+        return Leftover(path, "of a command that was killed before it registered this", changed(path) + self.grace)
+
     def _model(self, path: Path) -> Leftover | None:
         if not path.name.startswith(STAGING):
             return None
@@ -143,6 +162,12 @@ class Judge:
             return None
         return Leftover(path, "no job has used these tokens for long", changed(path) + self.unused)
 
+    def _identities(self, path: Path) -> Leftover | None:
+        row = self.row(path.stem)
+        if row is None or not _given_up(row):
+            return None
+        return Leftover(path, "its dataset was reclaimed", row.reclaimed_at)
+
 
 def _given_up(row: Any) -> bool:
     """Whether the row was claimed: the bytes of one with any other status are never touched for it."""
@@ -152,6 +177,16 @@ def _given_up(row: Any) -> bool:
 def never_ran(path: Path) -> bool:
     """Whether a folder of something that runs says nothing of a start: then it holds what was rendered, and no more."""
     return not RunPaths(path).started.exists()
+
+
+def _cells(array: Path) -> list[Path]:
+    """The folders of what an array's tasks run; none where the list was never written."""
+    cells = ArrayPaths(array).cells
+    return [Path(line.partition("\t")[2]) for line in cells.read_text().splitlines()] if cells.exists() else []
+
+
+def _known(folder: Path) -> bool:
+    return not never_ran(folder) or _registered(folder.name)
 
 
 def _registered(name: str) -> bool:

@@ -4,7 +4,8 @@
    transaction sets `reclaimed_at`. From then on it cannot be restored; its row stays for ever.
 2. Its folders are renamed into trash/. What is gone already counts as moved. Killed in between, the next run
    moves the rest: a row says that it was claimed. What killed commands left over goes the same way (`leftovers`).
-3. After a second grace, the trash is emptied.
+3. What is no record of a job that has ended goes there, too, and its logs are cut to their ends (`retention`).
+4. After a second grace, the trash is emptied.
 
 The bytes of a ready artifact are in none of these steps: only a deleted row is claimed, by a transaction that a
 restore cannot overtake. One process at a time; that a second one does no harm does not rest on it.
@@ -21,6 +22,7 @@ from typing import Literal
 
 from tfslurm.artifacts import trash
 from tfslurm.artifacts.leftovers import Leftover, again, leftovers
+from tfslurm.artifacts.retention import Remnant, prune, remnants
 from tfslurm.catalog import needs
 from tfslurm.catalog.db import write_transaction
 from tfslurm.catalog.lifecycle import record
@@ -34,7 +36,7 @@ from tfslurm.settings import Settings
 
 SEALED_NOW = "it is being sealed"
 
-Action = Literal["reclaim", "trash", "remove", "keep"]
+Action = Literal["reclaim", "trash", "prune", "remove", "keep"]
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class Step:
     """An artifact's id, or a path below the root."""
     reason: str
     size_bytes: int | None = None
-    subject: Artifact | Leftover | trash.Entry | None = None
+    subject: Artifact | Leftover | Remnant | trash.Entry | None = None
 
 
 @dataclass
@@ -68,7 +70,12 @@ def plan(settings: Settings, *, at: datetime | None = None, stale: str | None = 
     `stale` says why Slurm could not be asked: what was handed to it is then not known to have ended.
     """
     at = at or now()
-    return [*_artifacts(settings, at, stale), *_leftovers(settings, at), *_trash(settings, at)]
+    return [
+        *_artifacts(settings, at, stale),
+        *_leftovers(settings, at),
+        *_remnants(settings, at, stale),
+        *_trash(settings, at),
+    ]
 
 
 def reclaim(settings: Settings, *, at: datetime | None = None, stale: str | None = None) -> Summary:
@@ -105,6 +112,19 @@ def _leftovers(settings: Settings, at: datetime) -> Iterator[Step]:
             yield Step("trash", ref, found.reason, subject=found)
 
 
+def _remnants(settings: Settings, at: datetime, stale: str | None) -> Iterator[Step]:
+    for found in remnants(settings):
+        ref, size = str(found.path.relative_to(settings.root.path)), found.size()
+        if stale:
+            yield Step("keep", ref, f"{found.reason}; Slurm does not answer: {stale}", size, found)
+        elif found.due is None:
+            yield Step("keep", ref, found.reason, size, found)
+        elif at < found.due:
+            yield Step("keep", ref, f"{found.reason}; stays until {_said(found.due)}", size, found)
+        else:
+            yield Step("prune", ref, found.reason, size, found)
+
+
 def _trash(settings: Settings, at: datetime) -> Iterator[Step]:
     grace = timedelta(days=settings.site.reclaim.trash_grace)
     for entry in trash.entries(settings.root):
@@ -124,6 +144,9 @@ def _execute(settings: Settings, steps: list[Step], at: datetime) -> Summary:
             elif step.action == "trash":
                 refusal = move_away(settings, step.subject, at)
                 step = Step("keep", step.ref, refusal, subject=step.subject) if refusal else step
+            elif step.action == "prune":
+                refusal = prune(settings, step.subject, at)
+                step = Step("keep", step.ref, refusal, step.size_bytes, step.subject) if refusal else step
             elif step.action == "remove":
                 summary.freed_bytes += trash.remove(step.subject)
         except (TfslurmError, OSError) as error:

@@ -9,25 +9,35 @@ from tfslurm.catalog import queries
 from tfslurm.catalog.lifecycle import transition
 from tfslurm.catalog.models import Artifact, CheckpointStatus, DatasetStatus, Event
 from tfslurm.errors import InvalidError, StatusError
-from tfslurm.identity import current_user
+from tfslurm.identity import check_name, current_user
 
 STATUSES = {"dataset": DatasetStatus, "checkpoint": CheckpointStatus}
 
 
-def bring_back(artifact: Artifact) -> None:
+def bring_back(artifact: Artifact, name: str | None = None) -> None:
     """Give a deleted artifact the status that it had; inside write_transaction(). A living one stays as it is.
 
-    Raises StatusError where its name is taken by now, or its bytes were given up; InvalidError where they are
-    not there, or not those of its digest. Nothing is changed then.
+    With `name` it is called so from now on. Raises StatusError where the name is taken by now, or its bytes were
+    given up, or a living one is called otherwise; InvalidError for a name that is not allowed, and where the bytes
+    are not there, or not those of its digest. Nothing is changed then.
     """
+    name = check_name(name) if name else artifact.name
     if artifact.status != "deleted":
-        return
+        return _check_called(artifact, name)
     if artifact.reclaimed_at:
         raise StatusError(f"the bytes of {artifact.kind} '{artifact.name}' were reclaimed: it cannot be restored")
     before = STATUSES[artifact.kind](status_before(artifact))
-    _check_name(artifact)
+    _check_name(artifact, name)
     _check_bytes(artifact, before)
-    transition(artifact, before, actor=current_user(), reason="restored", deleted_at=None)
+    reason = "restored" if name == artifact.name else f"restored; it was called '{artifact.name}'"
+    return transition(artifact, before, actor=current_user(), reason=reason, deleted_at=None, name=name)
+
+
+def deleted(kind: str, ref: str) -> str:
+    """The id of the newest deleted artifact of this name that still has its bytes; `ref` itself where there is none."""
+    named = Artifact.select().where(Artifact.kind == kind, Artifact.name == ref, Artifact.status == "deleted")
+    found = named.where(Artifact.reclaimed_at.is_null()).order_by(Artifact.id.desc()).first()
+    return found.id if found else ref
 
 
 def status_before(artifact: Artifact) -> str:
@@ -36,11 +46,16 @@ def status_before(artifact: Artifact) -> str:
     return deletions.order_by(Event.id.desc()).get().from_status
 
 
-def _check_name(artifact: Artifact) -> None:
+def _check_called(artifact: Artifact, name: str) -> None:
+    if artifact.name != name:
+        raise StatusError(f"{artifact.kind} '{artifact.name}' is {artifact.status}: only a deleted one gets a new name")
+
+
+def _check_name(artifact: Artifact, name: str) -> None:
     try:
-        queries.check_name_free(Artifact, artifact.kind, artifact.name)
+        queries.check_name_free(Artifact, artifact.kind, name)
     except StatusError as error:
-        hint = f"Delete that one first, or import {artifact.location} under another name."
+        hint = f"Take another one: tfslurm {artifact.kind} restore {artifact.id} --as NAME"
         raise StatusError(error.message, hint=hint) from None
 
 

@@ -161,7 +161,7 @@ def logs(context: Context, ref: str, follow: bool) -> None:
         refresh(settings)
         return EndpointStatus(find_endpoint(row.id, deleted=True).status).ended
 
-    print_logs(settings.root.endpoint(row.id).logs, "*.log", ended if follow else None)
+    print_logs(settings.root.endpoint(row.id).logs, r".*\.log", ended if follow else None)
 
 
 @endpoint.command()

@@ -22,8 +22,9 @@ def reclaim(context: Context, dry_run: bool, quiet: bool, output: str) -> None:
     """Give the bytes free that nobody needs any more.
 
     For cron, once a day; safe to run at any time, anywhere, twice. What was deleted long enough ago, and what
-    killed commands left over, goes into the trash; the trash is emptied of what has been there long enough.
-    site.yaml says how long: reclaim.grace and reclaim.trash_grace.
+    killed commands left over, goes into the trash; so does what jobs that ended long ago left besides their
+    configuration, their metrics and the ends of their logs. The trash is emptied of what has been there long enough.
+    site.yaml says how long, under reclaim.
     """
     settings = context.open()
     from tfslurm.artifacts.reclaim import Summary, plan
@@ -53,7 +54,7 @@ def _print(summary: Summary, dry_run: bool, output: str) -> None:
 
 
 def _view(step: Step) -> dict[str, Any]:
-    name = getattr(step.subject, "name", None) if step.action in ("reclaim", "keep") else None
+    name = getattr(step.subject, "name", None) if step.action in ("reclaim", "prune", "keep") else None
     keys = {"action": step.action, "ref": step.ref, "name": name}
     return {**keys, "size_bytes": step.size_bytes, "reason": step.reason}
 
@@ -61,10 +62,11 @@ def _view(step: Step) -> dict[str, Any]:
 def _said(summary: Summary, dry_run: bool) -> str:
     if not summary.ran:
         return "another process is at it"
-    counts = {action: sum(step.action == action for step in summary.steps) for action in ("reclaim", "trash", "remove")}
+    actions = ("reclaim", "trash", "prune", "remove")
+    counts = {action: sum(step.action == action for step in summary.steps) for action in actions}
     would = "would be " if dry_run else ""
     freed = "" if dry_run else f" ({human_size(summary.freed_bytes)})"
     return (
         f"{would}reclaimed: {counts['reclaim']}, {would}moved to the trash: {counts['trash']}, "
-        f"{would}removed from it: {counts['remove']}{freed}"
+        f"{would}pruned: {counts['prune']}, {would}removed from it: {counts['remove']}{freed}"
     )

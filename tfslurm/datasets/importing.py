@@ -27,7 +27,7 @@ from tfslurm.settings import Settings
 from tfslurm.slurm import submissions
 from tfslurm.slurm.observe import Observation
 from tfslurm.slurm.states import Fate
-from tfslurm.slurm.submissions import note_ended, note_seen
+from tfslurm.slurm.submissions import note_ended
 
 ACTOR = "sync"
 
@@ -120,9 +120,8 @@ def _clean_up(settings: Settings, dataset: Dataset) -> None:
     paths.source.unlink(missing_ok=True)
 
 
-def follow(settings: Settings, submission: Submission, seen: Observation) -> None:
-    """Publish what was imported, or note why it was not; once more changes nothing."""
-    dataset = queries.find_dataset(submission.object_id, deleted=True)
+def follow(settings: Settings, dataset: Dataset, submission: Submission, seen: Observation) -> bool:
+    """Publish what was imported, or note why it was not; once more changes nothing. Whether it goes on."""
     outcome = read_json(settings.root.import_(submission.object_id).outcome)
     if dataset.artifact.status != DatasetStatus.ASSEMBLING:
         _clean_up(settings, dataset)
@@ -135,7 +134,8 @@ def follow(settings: Settings, submission: Submission, seen: Observation) -> Non
     elif seen.fate.ended or seen.fate is Fate.PREEMPTED:  # the script says --no-requeue: nobody starts it again
         _go_on(settings, submission, dataset, seen)
     else:
-        note_seen(submission, seen.state, seen.reason)
+        return True
+    return False
 
 
 def _go_on(settings: Settings, submission: Submission, dataset: Dataset, seen: Observation) -> None:

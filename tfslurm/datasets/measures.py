@@ -73,7 +73,11 @@ def text(row: rows.TextRow) -> Measure:
 
 
 def pretokenized(row: rows.PretokenizedRow) -> Measure:
-    return 0, len(row.input_ids), "input_ids" if row.labels is None else "input_ids/labels"
+    """With the largest token id, or -1 where that is not beyond what is known."""
+    schema = "input_ids" if row.labels is None else "input_ids/labels"
+    if isinstance(row, rows.FamiliarRow):
+        return 0, len(row.input_ids), schema, -1
+    return 0, len(row.input_ids), schema, max(max(row.input_ids, default=-1), max(row.labels or (-1,)))
 
 
 def _plain_instruction(keys: Any, line: bytes) -> Measure | None:

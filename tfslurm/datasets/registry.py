@@ -82,15 +82,15 @@ def delete(dataset: Dataset) -> Dataset:
     return dataset
 
 
-def restore(dataset: Dataset) -> Dataset:
-    """Take a deletion back: the dataset is again what it was. One that is not deleted stays as it is.
+def restore(dataset: Dataset, name: str | None = None) -> Dataset:
+    """Take a deletion back: the dataset is again what it was, called `name` if given. One not deleted stays as it is.
 
-    Raises StatusError where its name is taken by now or its bytes were reclaimed, InvalidError where they are
-    missing or others; nothing is changed then.
+    Raises StatusError where the name is taken by now or its bytes were reclaimed, InvalidError for the name, and where
+    they are missing or others; nothing is changed then.
     """
     with write_transaction():
         dataset = queries.find_dataset(dataset.artifact_id, deleted=True)
-        bring_back(dataset.artifact)
+        bring_back(dataset.artifact, name)
         fault_point("restore-marked")
     return dataset
 

@@ -20,8 +20,8 @@ FAR_LONGER = 10
 ENOUGH_ROWS_TO_COMPARE = 20
 FRESH_SIZES = 65_536
 
-Measure = tuple[int, int, str]
-"""Messages, size (characters or tokens) and schema of a row."""
+Measure = tuple[int, int, str] | tuple[int, int, str, int]
+"""Messages, size (characters or tokens) and schema of a row; where it is of tokens, also the largest id."""
 
 
 class RowError(msgspec.Struct, frozen=True):
@@ -51,12 +51,16 @@ class Spread(msgspec.Struct, frozen=True):
 
 
 class Statistics(msgspec.Struct, frozen=True):
-    """Over the rows without errors: `characters` of text, or `tokens` where rows are pretokenized."""
+    """Over the rows without errors: `characters` of text, or `tokens` where rows are pretokenized.
+
+    `max_token_id` is the largest id among their tokens and labels: a model must know that many.
+    """
 
     rows: int = 0
     messages: int = 0
     characters: Spread | None = None
     tokens: Spread | None = None
+    max_token_id: int | None = None
 
 
 class Report(msgspec.Struct, frozen=True, kw_only=True):
@@ -105,7 +109,8 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
 
     def _sizes(self) -> list[str]:
         sizes = {"characters": self.statistics.characters, "tokens": self.statistics.tokens}
-        return [
+        largest = self.statistics.max_token_id
+        return ([] if largest is None else [f"largest token id: {largest:,}"]) + [
             f"{name} a row: min {size.min:,}, p5 {size.p5:,}, median {size.median:,}, "
             f"p95 {size.p95:,}, max {size.max:,}"
             for name, size in sizes.items()
@@ -190,6 +195,7 @@ class Counts:
 
     def __init__(self) -> None:
         self.rows = self.bad_rows = self.messages = 0
+        self.largest_token = -1
         self.counts: Counter[str] = Counter()
         self.first: dict[str, list[RowError]] = {}
         self.schemas: set[str] = set()
@@ -210,10 +216,12 @@ class Counts:
 
     def rows_from(self, file: str, lines: Sequence[int], measures: Sequence[Measure], keys: Sequence[int]) -> None:
         """Count rows without errors, at `lines`, which ascend."""
-        messages, sizes, schemas = zip(*measures, strict=True)
+        messages, sizes, schemas, *tokens = zip(*measures, strict=True)
         self.rows += len(measures)
         self.messages += sum(messages)
         self.schemas.update(schemas)
+        if tokens:
+            self.largest_token = max(self.largest_token, *tokens[0])
         self.sizes.add_all(sizes)
         self._note_longest(file, lines, sizes)
         self.note_keys(file, keys, lines)
@@ -252,6 +260,7 @@ class Tally(Counts):
         self.rows += piece.rows
         self.bad_rows += piece.bad_rows
         self.messages += piece.messages
+        self.largest_token = max(self.largest_token, piece.largest_token)
         self.counts.update(piece.counts)
         self.schemas |= piece.schemas
         self.sizes.merge(piece.sizes)
@@ -299,6 +308,7 @@ class Tally(Counts):
             messages=self.messages,
             characters=None if self.tokens else spread,
             tokens=spread if self.tokens else None,
+            max_token_id=None if self.largest_token < 0 else self.largest_token,
         )
         return Report(
             format=str(self.format),

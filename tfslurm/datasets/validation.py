@@ -88,6 +88,7 @@ class Validator:
         self._row, self._decode_lines = parts.row(field_map), parts.lines_decoder(field_map)
         self._decode = msgspec.json.Decoder(self._row).decode
         self._plain, self._measure = parts.plain, parts.measure
+        self._tokens = self._decode_lines if isinstance(self._decode_lines, rows.PretokenizedLines) else None
         self._diagnose = parts.diagnose(field_map)
 
     def note_files(self, found: Found) -> None:
@@ -175,7 +176,7 @@ class Validator:
         found = self._together(lines, block) if len(block) <= MAX_LINE else [None] * count
         numbers: Sequence[int] = range(first, first + count)
         if None not in found:
-            self._counts.rows_from(name, numbers, found, list(map(hash, lines)))  # the `_key` of such lines
+            self._count(name, numbers, found, list(map(hash, lines)))  # the `_key` of such lines
             return count
         measured = zip(numbers, lines, found, strict=True)
         good = [
@@ -184,7 +185,7 @@ class Validator:
             if (measure := known or self._measure_line(name, number, line[: MAX_LINE + 1]))
         ]
         if good:
-            self._counts.rows_from(name, *zip(*good, strict=True))
+            self._count(name, *zip(*good, strict=True))
         return count
 
     def _together(self, lines: list[bytes], block: bytes) -> list[Measure | None]:
@@ -199,7 +200,12 @@ class Validator:
 
     def _check_line(self, name: str, number: int, line: bytes) -> None:
         if measure := self._measure_line(name, number, line):
-            self._counts.row(name, number, measure, _key(line))
+            self._count(name, [number], [measure], [_key(line)])
+
+    def _count(self, name: str, numbers: Sequence[int], measured: Sequence[Measure], keys: Sequence[int]) -> None:
+        self._counts.rows_from(name, numbers, measured, keys)
+        if self._tokens and self._counts.largest_token > self._tokens.largest:
+            self._tokens.learn(self._counts.largest_token)
 
     def _measure_line(self, name: str, number: int, line: bytes) -> Measure | None:
         """The measure of a row without errors; all else that there is to say of the line is tallied."""
@@ -323,7 +329,7 @@ _PARTS: dict[Format, _Parts] = {
     ),
     Format.PRETOKENIZED: _Parts(
         rows.pretokenized_type,
-        rows.pretokenized_lines_decoder,
+        rows.PretokenizedLines,
         measures.plain_pretokenized,
         measures.pretokenized,
         diagnosis.pretokenized,
