@@ -31,7 +31,7 @@ class Root:
     @property
     def folders(self) -> tuple[Path, ...]:
         """What `init` makes."""
-        names = ("assembling", "datasets", "checkpoints", "imports", "jobs", "endpoints", "cache", "models", "trash")
+        names = "assembling datasets checkpoints imports jobs arrays endpoints cache models trash".split()
         return tuple(self.path / name for name in names)
 
     @property
@@ -133,6 +133,10 @@ class RunPaths:
         """An empty file that asks what runs here to save its state and leave, to go on in another attempt."""
         return self.folder / "leave"
 
+    def claim(self, uuid: str) -> Path:
+        """Slurm's id of the job that runs as this submission: of two that Slurm took, the first to start."""
+        return self.folder / f"claim-{uuid}"
+
     @property
     def logs(self) -> Path:
         return self.folder / "logs"
@@ -169,8 +173,22 @@ class JobPaths(RunPaths):
         return self.folder / "plan.npz"
 
     @property
+    def validation_plan(self) -> Path:
+        return self.folder / "validation.npz"
+
+    @property
+    def cap(self) -> Path:
+        """`{tokens, lowered, at}`: what one process takes at once, since more did not fit into its memory."""
+        return self.folder / "cap.json"
+
+    @property
+    def trackers(self) -> Path:
+        """What the trackers write that keep files: a folder each."""
+        return self.folder / "trackers"
+
+    @property
     def progress(self) -> Path:
-        """`{step, steps, epoch, loss, tokens_per_second, eta_seconds, at}`."""
+        """`{step, steps, epoch, loss, tokens_per_second, eta_seconds, validation_loss, at}`."""
         return self.folder / "progress.json"
 
     @property

@@ -38,6 +38,7 @@ class Environments(Strict):
 Count = Annotated[int, msgspec.Meta(ge=1)]
 Positive = Annotated[float, msgspec.Meta(gt=0)]
 Days = Annotated[float, msgspec.Meta(ge=0)]
+GpuMemory = Annotated[str, msgspec.Meta(pattern=r"^[0-9]+(\.[0-9]+)?[MGT]$")]
 
 
 class SlurmSite(Strict):
@@ -71,6 +72,23 @@ class Trainer(Strict):
     gradient_checkpointing: bool = False
     verify_days: float = 7.0
     save_minutes: Positive = 15.0
+    validation_split: Annotated[float, msgspec.Meta(ge=0, lt=1)] = 0.0
+    validations: Count = 5
+
+
+class WandbSite(Strict):
+    """Where Weights & Biases gets a job's metrics."""
+
+    mode: Literal["offline", "online"] = "offline"
+    project: str = "tfslurm"
+    entity: str | None = None
+
+
+class MlflowSite(Strict):
+    """Where MLflow gets a job's metrics."""
+
+    uri: str | None = None
+    experiment: str = "tfslurm"
 
 
 class TrainingSite(Strict):
@@ -78,6 +96,9 @@ class TrainingSite(Strict):
 
     instance: str = "auto"
     trainer: Trainer = Trainer()
+    trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ()
+    wandb: WandbSite = WandbSite()
+    mlflow: MlflowSite = MlflowSite()
 
 
 class ServingSite(Strict):
@@ -148,6 +169,7 @@ class Instance(Strict):
     cpus_per_process: Count = 1
     gpus_per_node: Annotated[int, msgspec.Meta(ge=0)] = 0
     gpu_type: str | None = None
+    gpu_memory: GpuMemory | None = None
     gpu_request: Literal["gres", "gpus-per-node"] | None = None
     memory: str | None = None
     time: str | int = "1-00:00:00"
@@ -241,15 +263,9 @@ class Settings:
 
         Raises NotFoundError for an unknown name, InvalidError for one that does not serve the purpose.
         """
-        usable = [i for i in self.instances.values() if purpose in i.purposes]
         if name == "auto":
-            import shutil  # no listing needs it
-
-            launcher = "slurm" if shutil.which("sbatch") else "local"
-            usable.sort(key=lambda i: i.launcher != launcher)
-            if not usable:
-                raise ConfigurationError(f"no instance in instances.yaml is for {purpose}")
-            return usable[0]
+            return self.instances_for_auto(purpose)[0]
+        usable = [i for i in self.instances.values() if purpose in i.purposes]
         if name not in self.instances:
             raise NotFoundError(f"no instance '{name}'", hint=f"There are: {', '.join(self.instances)}.")
         if self.instances[name] not in usable:
@@ -257,6 +273,19 @@ class Settings:
                 f"instance '{name}' is not for {purpose}", hint=f"These are: {', '.join(i.name for i in usable)}."
             )
         return self.instances[name]
+
+    def instances_for_auto(self, purpose: Purpose) -> list[Instance]:
+        """What `auto` may choose from, the smallest first: Slurm's instances where sbatch is there, else local ones.
+
+        Raises ConfigurationError where none is for `purpose`.
+        """
+        import shutil  # no listing needs it
+
+        launcher = "slurm" if shutil.which("sbatch") else "local"
+        usable = [i for i in self.instances.values() if purpose in i.purposes]
+        if not usable:
+            raise ConfigurationError(f"no instance in instances.yaml is for {purpose}")
+        return [i for i in usable if i.launcher == launcher] or usable
 
     def model(self, name: str) -> ModelSettings:
         """What models.yaml says of the base model: its own entry over `defaults`."""

@@ -7,8 +7,8 @@ import pytest
 from peewee import IntegrityError, SqliteDatabase
 
 from tfslurm.catalog import db
-from tfslurm.catalog.db import check_schema, connect, migrate, write_transaction
-from tfslurm.catalog.models import TABLES, Artifact, Event, Lease, database, now
+from tfslurm.catalog.db import check_schema, connect, insert_all, migrate, write_transaction
+from tfslurm.catalog.models import TABLES, Artifact, Event, Lease, Submission, database, now
 from tfslurm.errors import NotPermittedError, StatusError, UnreachableError
 
 
@@ -170,3 +170,24 @@ def test_the_journal_fits_the_filesystem(installation, monkeypatch, kind, mode):
 def test_the_filesystem_is_that_of_the_innermost_mount(tmp_path):
     assert db.filesystem(tmp_path) != ""
     assert db.filesystem(db.Path("/proc/self")) == "proc"
+
+
+def test_many_rows_at_once_are_those_that_create_would_have_made(installation):
+    at = now()
+    rows = [
+        {"uuid": f"u-{number}", "name": "a", "kind": "job", "object_id": f"job-{number}", "state": "submitting",
+         "launcher": "slurm", "array_index": number, "created_at": at}
+        for number in range(3)
+    ]  # fmt: skip
+    with write_transaction():
+        insert_all(Submission, rows[:2])
+        insert_all(Submission, [])
+        Submission.create(**rows[2])
+    made = list(Submission.select().order_by(Submission.uuid).dicts())
+    assert [row.pop("array_index") for row in made] == [0, 1, 2]
+    own = ("uuid", "object_id")
+    shared = [{key: value for key, value in row.items() if key not in own} for row in made]
+    assert shared[0] == shared[1] == shared[2]
+    with pytest.raises(IntegrityError), write_transaction():
+        insert_all(Submission, [{**rows[0], "uuid": "u-9"}, rows[1]])
+    assert Submission.select().count() == 3

@@ -1,11 +1,14 @@
+import msgspec
 import pytest
 
-from tfslurm.catalog import queries
+from tfslurm.catalog import lineage, queries, views
 from tfslurm.catalog.db import write_transaction
 from tfslurm.catalog.models import Artifact, Job
+from tfslurm.catalog.needs import needed_by
 from tfslurm.catalog.queries import Page, paged
 from tfslurm.datasets import registry
-from tfslurm.errors import NotFoundError, StatusError
+from tfslurm.errors import InvalidError, NotFoundError, StatusError
+from tfslurm.training import jobs
 
 
 @pytest.fixture
@@ -86,3 +89,48 @@ def test_the_newest_submission_of_each_object_is_found(installation):
     job = installation.job()
     found = queries.submissions_of([job.id, "job-unknown"])
     assert list(found) == [job.id]
+
+
+def test_a_validation_dataset_is_kept_by_its_job_as_the_training_one_is(installation):
+    held = installation.dataset("held")
+    job = installation.job("busy", validation_dataset="held")
+    for ref in ("held", "chats"):
+        with pytest.raises(StatusError, match="is in use: job 'busy'"):
+            registry.delete(queries.find_dataset(ref))
+    assert needed_by(held.artifact) == ["job 'busy' (pending)"]
+    assert [row.id for row in lineage.trace("held").consumers] == [job.id]
+    chain = lineage.trace("busy")
+    assert (chain.dataset.artifact.name, chain.validation_dataset.artifact.name) == ("chats", "held")
+    installation.trained(job)
+    installation.sync()
+    registry.delete(queries.find_dataset("held"))
+    assert lineage.trace("busy").validation_dataset.artifact.status == "deleted"
+
+
+def test_the_views_of_a_job_and_its_checkpoint_tell_how_it_was_validated(installation):
+    installation.dataset("held")
+    job = installation.job("checked", validation_dataset="held")
+    outcome = installation.trained(job)
+    losses = {"validation_loss": 1.25, "best_step": 2, "final_validation_loss": 1.5}
+    installation.write_outcome(job, msgspec.structs.replace(outcome, **losses))
+    installation.sync()
+    view = views.job_view(queries.find_job("checked"), installation.root, None)
+    assert losses.items() <= view.items()
+    metadata = views.checkpoint_view(queries.find_checkpoint(view["checkpoint"]))["metadata"]
+    assert losses.items() <= metadata.items() and metadata["validation_dataset"] == view["validation_dataset"]
+    plain = views.job_view(installation.completed("plain"), installation.root, None)
+    assert plain["validation_loss"] is plain["validation_dataset"] is None
+
+
+def test_a_job_is_not_validated_on_what_it_is_trained_on_nor_on_what_is_not_ready(installation):
+    with pytest.raises(InvalidError, match="'chats' is to be trained on and validated on"):
+        installation.plan(validation_dataset="chats")
+    installation.dataset("open", ready=False)
+    with pytest.raises(StatusError, match="'open' is assembling, not ready"):
+        installation.plan(validation_dataset="open")
+    made = installation.plan(validation_dataset=installation.dataset("held").artifact_id)
+    registry.delete(queries.find_dataset("held"))
+    before = installation.everything()
+    with pytest.raises(NotFoundError, match="no dataset"):
+        jobs.create(installation.settings, made)
+    assert installation.everything() == before

@@ -13,6 +13,7 @@ from tfslurm.cli.main import COMMANDS, EXIT_CODES
 from tfslurm.cli.main import cli as root
 
 NEVER = {"torch", "transformers", "peft", "deepspeed", "vllm", "h5py", "numpy", "submitit", "jinja2"}
+NEVER |= {"plotille", "matplotlib"}
 
 
 def commands(group=root, path=()):

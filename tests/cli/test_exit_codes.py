@@ -192,7 +192,8 @@ def test_an_unexpected_error_is_1_with_its_traceback_in_the_log_alone(installati
 def test_a_slurm_that_cannot_be_reached_is_7_and_the_job_is_left_to_sync(installation, cli, monkeypatch, tmp_path):
     installation.plan()
     (tmp_path / "bin").mkdir()
-    for name in ("sbatch", "squeue", "scontrol"):
+    installation.configure(slurm={"command_timeout": 0.5})
+    for name in ("sbatch", "squeue", "scontrol", "sinfo"):
         (tmp_path / "bin" / name).write_text("#!/bin/sh\necho 'Unable to contact slurm controller' >&2; exit 1\n")
         (tmp_path / "bin" / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
@@ -201,16 +202,17 @@ def test_a_slurm_that_cannot_be_reached_is_7_and_the_job_is_left_to_sync(install
     assert Submission.get().state == "submitting"
 
 
-def test_a_slurm_that_refuses_is_5_and_the_job_in_error(installation, cli, monkeypatch, tmp_path):
+def test_a_slurm_that_refuses_is_5_and_nothing_is_left_of_the_job(installation, cli, monkeypatch, tmp_path):
     installation.plan()
+    before = installation.everything()
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "sbatch").write_text("#!/bin/sh\necho 'sbatch: error: invalid account' >&2; exit 1\n")
-    (tmp_path / "bin" / "sbatch").chmod(0o755)
+    (tmp_path / "bin" / "sinfo").write_text("#!/bin/sh\necho 'gpu*|infinite'\n")
+    for name in ("sbatch", "sinfo"):
+        (tmp_path / "bin" / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
     refused(cli(*JOB, "--name", "denied", "--instance", "gpu-1"), 5, "invalid account")
-    row = queries.find_job("denied")
-    assert (row.status, row.error) == ("error", "sbatch: error: invalid account")
-    assert Submission.get().state == "ended"
+    assert installation.everything() == before
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can run the command as somebody else")

@@ -28,9 +28,9 @@ KEYS = {
 
 MORE = {
     "dataset": "field_map source deleted_at reclaimed_at progress",
-    "job": "kind seed location slurm_state slurm_reason log_tail",
+    "job": "kind seed location slurm_state slurm_reason estimated_start nodes sweep usage log_tail",
     "checkpoint": "owner created_at deleted_at reclaimed_at",
-    "endpoint": "kind base_model slurm_state slurm_reason error log_tail started_at ended_at",
+    "endpoint": "kind base_model slurm_state slurm_reason estimated_start nodes error log_tail started_at ended_at",
     "artifact": "owner created_at deleted_at reclaimed_at",
     "lineage": "",
 }
@@ -225,6 +225,11 @@ def test_a_dry_run_prints_everything_and_makes_nothing(installation, cli):
     assert done.code == 0
     for title in ("# --- training.json", "# --- deepspeed.json", "# --- script.sh", "#!/bin/bash"):
         assert title in done.stdout
+    parsed = cli("job", "create", "--model", "tiny", "--dataset", "chats", "--dry-run", "--json").json()
+    assert parsed.keys() == {"training", "deepspeed", "script", "memory", "test_only"}
+    assert parsed["training"]["dataset"]["name"] == "chats"
+    assert parsed["deepspeed"]["zero_optimization"]["stage"] == 1
+    assert parsed["test_only"] is None  # there is no Slurm on the local instance
     assert installation.everything() == before
 
 

@@ -10,7 +10,7 @@ import time
 import pytest
 
 from tfslurm import files
-from tfslurm.files import locked, read_json, tail, write_atomic, write_json
+from tfslurm.files import locked, read_json, sync_filesystem, tail, write_atomic, write_json
 
 
 def test_a_file_is_replaced_with_its_mode(tmp_path):
@@ -125,3 +125,10 @@ def test_a_lock_is_free_again_after_an_error(tmp_path):
         raise RuntimeError
     with locked(tmp_path / "lock"):
         pass
+
+
+def test_a_filesystem_is_brought_to_disk_as_a_whole(tmp_path):
+    (tmp_path / "a").write_text("x")
+    sync_filesystem(tmp_path)
+    with pytest.raises(FileNotFoundError):
+        sync_filesystem(tmp_path / "missing")

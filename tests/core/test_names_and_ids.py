@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from tfslurm import identity
 from tfslurm.errors import InvalidError
-from tfslurm.identity import ID, PREFIXES, check_name, checkpoint_id, current_user, new_id
+from tfslurm.identity import ID, PREFIXES, check_name, checkpoint_id, current_user, new_id, new_ids
 
 
 def test_ids_have_their_kind_and_are_all_different():
@@ -15,6 +15,12 @@ def test_ids_have_their_kind_and_are_all_different():
         ids = {new_id(kind) for _ in range(1000)}
         assert len(ids) == 1000
         assert all(ID.fullmatch(name) and name.startswith(f"{prefix}-") for name in ids)
+
+
+def test_many_ids_at_once_keep_their_order():
+    ids = new_ids("job", 5000)
+    assert ids == sorted(set(ids))
+    assert all(ID.fullmatch(name) for name in ids)
 
 
 @given(st.lists(st.integers(min_value=0, max_value=2**49), min_size=2, unique=True))

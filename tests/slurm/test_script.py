@@ -3,6 +3,7 @@
 import os
 import shlex
 import signal
+import socket
 import subprocess
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 from tfslurm.files import read_json
 from tfslurm.paths import RunPaths
 from tfslurm.settings import Instance, Prologue
-from tfslurm.slurm.templates import Script, render
+from tfslurm.slurm.templates import Array, Script, render
 
 
 @pytest.fixture
@@ -228,6 +229,220 @@ def test_a_prologue_that_fails_ends_the_run_before_the_program(run):
         process, paths = run("echo started", instance=instance)
         assert process.wait(20) != 0
         assert "started" not in paths.log(0).read_text()
+
+
+SLURM = {"SLURM_JOB_ID": "42", "SLURM_JOB_NODELIST": "n1", "SLURMD_NODENAME": "n1"}
+
+
+@pytest.fixture
+def slurm(program, tmp_path, monkeypatch):
+    """Commands that stand in for Slurm's on a node; what they were asked stands in the file."""
+    asked = tmp_path / "asked"
+    asked.touch()
+    program("srun", 'while [[ $1 == -* ]]; do shift; done; exec "$@"')
+    program("scontrol", f'echo "scontrol $*" >>{asked}; [[ $1 != show ]] || echo "NodeAddr=127.0.0.1"')
+    path = program("squeue", f'echo "squeue $*" >>{asked}; cat {tmp_path}/state')
+    (tmp_path / "state").write_text("RUNNING\n")
+    monkeypatch.setenv("PATH", f"{path.parent}:{os.environ['PATH']}")
+    return asked
+
+
+LEAVES = """
+[[ $2 == *trainer ]] || exit 0
+touch "$3/running"
+until [[ -e $3/leave ]]; do sleep 0.05; done
+exit 75
+"""
+
+
+def test_the_job_that_came_first_runs_and_another_one_touches_nothing(run, slurm):
+    process, paths = run('[[ $2 != *trainer ]] || echo ran >>"$3/ran"', "train", SLURM)
+    assert process.wait(20) == 0
+    before = {path.name: path.stat().st_mtime_ns for path in paths.folder.iterdir() if path.name != "script.sh"}
+    assert paths.claim("u-1").read_text() == "42\n"
+    process, _ = run('[[ $2 != *trainer ]] || echo ran >>"$3/ran"', "train", {**SLURM, "SLURM_JOB_ID": "41"})
+    assert process.wait(20) == 0
+    assert {path.name: path.stat().st_mtime_ns for path in paths.folder.iterdir() if path.name != "script.sh"} == before
+    assert (paths.folder / "ran").read_text() == "ran\n"
+
+
+def test_a_job_that_is_started_again_keeps_its_claim_and_counts_on(run, slurm):
+    for restarts, attempt in (("", 3), ("1", 4), ("2", 5)):
+        process, paths = run("exit 0", "train", {**SLURM, "SLURM_RESTART_COUNT": restarts}, first_attempt=3)
+        assert process.wait(20) == 0
+        started, ended = read_json(paths.started), read_json(paths.exit)
+        assert (started["attempt"], ended["attempt"], started["slurm_job_id"]) == (attempt, attempt, "42")
+        assert paths.log(attempt).exists()
+
+
+def test_of_many_that_start_at_once_one_runs(run, slurm):
+    process, paths = run('[[ $2 != *trainer ]] || echo ran >>"$3/ran"', "train", {**SLURM, "SLURM_JOB_ID": "9"})
+    environ = {**os.environ, **SLURM}
+    others = [
+        subprocess.Popen(["bash", paths.script], env={**environ, "SLURM_JOB_ID": str(n)}, stdout=subprocess.DEVNULL)
+        for n in range(1, 9)
+    ]
+    assert [other.wait(30) for other in (process, *others)] == [0] * 9
+    assert (paths.folder / "ran").read_text() == "ran\n"
+    assert not list(paths.folder.glob("claim-*.*"))
+
+
+def test_a_folder_that_cannot_be_written_is_an_error_and_no_duplicate(run, slurm, tmp_path):
+    process, paths = run("exit 0", "train", SLURM)
+    process.wait(20)
+    (paths.claim("u-1")).write_text("")  # as a full disk leaves it, without hard links
+    process, _ = run("exit 0", "train", SLURM)
+    assert process.wait(20) == 1
+
+
+def test_usr2_makes_the_trainer_leave_and_the_job_is_queued_again(run, slurm, until):
+    process, paths = run(LEAVES, "train", SLURM)
+    until((paths.folder / "running").exists)
+    process.send_signal(signal.SIGUSR2)
+    assert process.wait(20) == 75
+    assert paths.leave.exists()
+    assert read_json(paths.exit)["exit_code"] == 75
+    assert slurm.read_text().splitlines()[-2:] == ["squeue --noheader --format=%T --jobs=42", "scontrol requeue 42"]
+    assert not (paths.folder / "synced").exists()  # Slurm kills what it starts again
+    process, _ = run("[[ ! -e $3/leave ]]", "train", {**SLURM, "SLURM_RESTART_COUNT": "1"})
+    assert process.wait(20) == 0
+
+
+@pytest.mark.parametrize(
+    ("prepare", "fields"),
+    [("state", {}), ("stop", {}), ("refuse", {}), ("", {"requeue": False})],
+    ids=["cancelled", "stopping", "refused", "forbidden"],
+)
+def test_a_job_that_slurm_does_not_queue_again_ends_with_75_and_syncs(
+    run, slurm, until, program, tmp_path, prepare, fields
+):
+    if prepare == "refuse":
+        program("scontrol", '[[ $1 == show ]] || { echo "Requested operation is presently disabled" >&2; exit 1; }')
+    elif prepare == "state":
+        (tmp_path / "state").write_text("COMPLETING\n")
+    process, paths = run(LEAVES, "train", SLURM, **fields)
+    until((paths.folder / "running").exists)
+    if prepare == "stop":
+        paths.stop.touch()
+    process.send_signal(signal.SIGUSR2)
+    assert process.wait(20) == 75
+    assert "scontrol requeue" not in slurm.read_text()
+    assert (paths.folder / "synced").read_text() == "-m tfslurm sync --quiet\n"
+
+
+def test_a_term_from_slurm_makes_the_trainer_leave_by_itself(run, slurm, until):
+    process, paths = run(LEAVES, "train", SLURM)
+    until((paths.folder / "running").exists)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(20) == 75
+    assert paths.leave.exists()
+    assert slurm.read_text().splitlines()[-1] == "scontrol requeue 42"
+
+
+def test_a_term_from_slurm_ends_at_once_what_was_to_stop(run, slurm, until):
+    process, paths = run(LEAVES, "train", SLURM)
+    until((paths.folder / "running").exists)
+    paths.stop.touch()
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(20) == 143
+    assert not paths.leave.exists()
+    assert "scontrol requeue" not in slurm.read_text()
+
+
+def test_a_term_while_it_prepares_ends_it(run, slurm, until):
+    process, paths = run('touch "$3/preparing"; sleep 30', "train", SLURM)
+    until((paths.folder / "preparing").exists)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(20) == 143
+    assert not paths.leave.exists()
+
+
+def test_a_trainer_that_made_no_steps_is_not_queued_again(run, slurm):
+    process, paths = run("[[ $2 != *trainer ]] || exit 76", "train", SLURM)
+    assert process.wait(20) == 76
+    assert "requeue" not in slurm.read_text()
+
+
+def test_without_slurm_leaving_ends_the_script(run, until):
+    process, paths = run(LEAVES, "train")
+    until((paths.folder / "running").exists)
+    process.send_signal(signal.SIGUSR2)
+    assert process.wait(20) == 75
+    assert not list(paths.folder.glob("claim-*"))
+    assert (paths.folder / "synced").exists()
+
+
+def test_a_training_that_has_succeeded_is_not_begun_again(run, slurm):
+    body = """[[ $2 != *trainer ]] || echo '{"result": "succeeded"}' >"$3/outcome.json"; echo $2 >>"$3/ran" """
+    process, paths = run(body, "train", SLURM)
+    assert process.wait(20) == 0
+    ran = (paths.folder / "ran").read_text()
+    process, _ = run(body, "train", {**SLURM, "SLURM_RESTART_COUNT": "1"})
+    assert process.wait(20) == 0
+    assert (paths.folder / "ran").read_text() == ran
+    assert read_json(paths.outcome) == {"result": "succeeded"}
+    assert (read_json(paths.started)["attempt"], read_json(paths.exit)["attempt"]) == (1, 1)
+    paths.outcome.write_text('{"result": "failed", "error": "succeeded"}')
+    process, _ = run(body, "train", {**SLURM, "SLURM_RESTART_COUNT": "2"})
+    assert process.wait(20) == 0
+    assert (paths.folder / "ran").read_text() != ran
+
+
+def test_the_trainer_is_told_what_it_has_to_know(run, slurm):
+    names = "TFSLURM_WORLD_SIZE TFSLURM_BARREN_ATTEMPTS TFSLURM_ATTEMPT MASTER_ADDR"
+    body = f'[[ $2 != *trainer ]] || for name in {names}; do echo "$name=${{!name}}" >>"$3/told"; done'
+    process, paths = run(body, "train", SLURM, barren_attempts=7, first_attempt=2)
+    assert process.wait(20) == 0
+    told = (paths.folder / "told").read_text().split()
+    assert told == ["TFSLURM_WORLD_SIZE=2", "TFSLURM_BARREN_ATTEMPTS=7", "TFSLURM_ATTEMPT=2", "MASTER_ADDR=127.0.0.1"]
+
+
+def test_a_port_that_is_taken_is_not_the_masters(run, slurm):
+    body = '[[ $2 != *trainer ]] || echo $MASTER_PORT >"$3/port"'
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 20000 + 42 * 7))
+        taken.listen()
+        process, paths = run(body, "train", SLURM)
+        assert process.wait(20) == 0
+    assert (paths.folder / "port").read_text() == f"{20000 + 42 * 7 + 1}\n"
+
+
+def test_each_task_of_an_array_is_its_own_submission(run, slurm, tmp_path):
+    folders = [tmp_path / "jobs" / f"job {n}" for n in range(2)]
+    for folder in folders:
+        folder.mkdir(parents=True)
+    cells = tmp_path / "some cells"
+    cells.write_text("".join(f"u-{n}\t{folder}\n" for n, folder in enumerate(folders)))
+    array = Array(size=2, cells=cells)
+    for task, code in (("0", 0), ("1", 75), ("2", 1)):
+        environment = {**SLURM, "SLURM_ARRAY_JOB_ID": "40", "SLURM_ARRAY_TASK_ID": task, "SLURM_JOB_ID": f"4{task}"}
+        process, _ = run(
+            "[[ $2 != *trainer || $SLURM_ARRAY_TASK_ID == 0 ]] || exit 75", "train", environment, array=array
+        )
+        assert process.wait(20) == code
+    for number, folder in enumerate(folders):
+        paths = RunPaths(folder)
+        assert read_json(paths.started)["uuid"] == read_json(paths.exit)["uuid"] == f"u-{number}"
+        assert paths.claim(f"u-{number}").read_text() == "40\n"
+        assert paths.log(0).exists()
+    assert "scontrol requeue 40_1" in slurm.read_text()
+
+
+def test_a_periodic_sync_queues_one_successor_and_none_after_a_stop(run, program, tmp_path, monkeypatch):
+    asked = tmp_path / "asked"
+    path = program("sbatch", f'echo "$*" >>{asked}')
+    program("squeue", f"cat {tmp_path}/queued")
+    monkeypatch.setenv("PATH", f"{path.parent}:{os.environ['PATH']}")
+    (tmp_path / "queued").touch()
+    process, paths = run('echo "$*" >"$TFSLURM_ROOT"; echo "$*"', "sync", minutes=3)
+    assert process.wait(20) == 0
+    assert asked.read_text() == f"--begin=now+3minutes {paths.script}\n"
+    (tmp_path / "queued").write_text("77\n")
+    assert run("exit 0", "sync")[0].wait(20) == 0
+    (tmp_path / "queued").write_text("")
+    paths.stop.touch()
+    assert run("exit 4", "sync")[0].wait(20) == 4
+    assert asked.read_text().count("begin") == 1
 
 
 def test_a_prologue_may_read_variables_that_nobody_set(run):

@@ -10,16 +10,15 @@ import pytest
 
 from tfslurm import sync as module
 from tfslurm.catalog import queries
-from tfslurm.catalog.models import Artifact, Checkpoint, Event, Job, Lease, Submission, SubmissionState, now
+from tfslurm.catalog.models import Artifact, Checkpoint, Event, Lease, Submission, SubmissionState, now
 from tfslurm.errors import StatusError
 from tfslurm.process import handle
 from tfslurm.settings import Instance
 from tfslurm.slurm import local
-from tfslurm.slurm.client import SlurmRefused, SlurmUnreachable
 from tfslurm.slurm.observe import observe
 from tfslurm.slurm.states import Fate
-from tfslurm.training import jobs
-from tfslurm.training.outcome import Failed, Stopped
+from tfslurm.training import jobs, stopping
+from tfslurm.training.outcome import Stopped
 
 LONG_AGO = timedelta(hours=1)
 
@@ -178,7 +177,7 @@ def test_one_damaged_folder_does_not_keep_the_others_back(installation):
 
 def test_a_stop_before_the_submission_ends_in_stopped(installation):
     job = installation.job()
-    jobs.stop(installation.settings, queries.find_job(job.id))
+    stopping.stop(installation.settings, queries.find_job(job.id))
     Submission.update(created_at=now() - LONG_AGO).execute()
     installation.sync()
     row = queries.find_job(job.id)
@@ -186,18 +185,18 @@ def test_a_stop_before_the_submission_ends_in_stopped(installation):
     assert installation.submission(job).state == SubmissionState.ENDED
     assert changes(job.id) == ["created", "stopping", "stopped"]
     with pytest.raises(StatusError, match="has ended already"):
-        jobs.stop(installation.settings, row)
+        stopping.stop(installation.settings, row)
 
 
 def test_a_stop_is_left_to_the_trainer_and_a_second_one_kills(started, synced, installation, until):
     job = started("sleep 60")
     until(lambda: installation.root.job(job.id).started.exists())
     installation.sync()
-    jobs.stop(installation.settings, queries.find_job(job.id))
+    stopping.stop(installation.settings, queries.find_job(job.id))
     installation.sync()
     assert queries.find_job(job.id).status == "stopping"
     assert installation.root.job(job.id).stop.exists()
-    jobs.stop(installation.settings, queries.find_job(job.id))
+    stopping.stop(installation.settings, queries.find_job(job.id))
     assert synced(job).status == "stopped"
 
 
@@ -212,7 +211,7 @@ def test_a_trainer_that_stops_by_itself_ends_in_stopped(installation):
 
 def test_a_success_after_a_stop_was_asked_for_leaves_no_checkpoint(installation):
     job = installation.job()
-    jobs.stop(installation.settings, queries.find_job(job.id))
+    stopping.stop(installation.settings, queries.find_job(job.id))
     installation.trained(job)
     installation.sync()
     assert queries.find_job(job.id).status == "stopped"
@@ -279,174 +278,6 @@ def test_what_runs_on_another_machine_is_left_alone(installation):
     assert observe(installation.settings, [installation.submission(job)], None)[
         installation.submission(job).uuid
     ].fate is Fate.UNKNOWN  # fmt: skip
-
-
-class FakeSlurm:
-    """Slurm's answers, or its silence."""
-
-    def __init__(self, queue=None, accounting=None, error=None, found=None):
-        self.answers, self.error, self.found = (queue or {}, accounting or {}), error, found
-
-    def __call__(self, timeout):
-        return self
-
-    def queue(self, job_ids):
-        return self._say(0)
-
-    def accounting(self, job_ids, since):
-        return self._say(1)
-
-    def find(self, name):
-        self._say(0)
-        return self.found
-
-    def cluster(self):
-        return "lab"
-
-    def _say(self, which):
-        if self.error:
-            raise self.error
-        return self.answers[which]
-
-
-@pytest.fixture
-def on_slurm(installation):
-    """A job that Slurm has had as number 7 for an hour."""
-    job = installation.job()
-    Submission.update(
-        launcher="slurm", state=SubmissionState.SUBMITTED, cluster="lab", job_id="7",
-        created_at=now() - LONG_AGO, submitted_at=now() - LONG_AGO,
-    ).execute()  # fmt: skip
-    return job
-
-
-@pytest.fixture
-def slurm(monkeypatch):
-    def put(**answers):
-        monkeypatch.setattr(module, "Slurm", FakeSlurm(**answers))
-
-    return put
-
-
-def entry(job, state, reason="None", **fields):
-    from tfslurm.slurm.client import QueueEntry
-
-    return {"7": QueueEntry("7", Submission.get(Submission.object_id == job.id).uuid, state, reason, **fields)}
-
-
-@pytest.mark.parametrize("error", [SlurmUnreachable("Socket timed out"), SlurmUnreachable("squeue is not on PATH")])
-def test_a_slurm_that_does_not_answer_changes_nothing_and_local_jobs_are_followed(installation, on_slurm, slurm, error):
-    other = installation.job("local-one")
-    installation.trained(other)
-    Submission.update(slurm_state="PENDING", reason="Priority").execute()
-    before = installation.submission(on_slurm).__data__, Job.get_by_id(on_slurm.id).__data__
-    slurm(error=error)
-    summary = installation.sync()
-    assert summary.stale == error.message
-    assert not summary.failed
-    assert installation.submission(on_slurm).__data__ == before[0]
-    assert Job.get_by_id(on_slurm.id).__data__ == before[1]
-    assert queries.find_job(other.id).status == "completed"
-
-
-def test_a_waiting_job_shows_slurms_reason(installation, on_slurm, slurm):
-    slurm(queue=entry(on_slurm, "PENDING", "Resources"))
-    installation.sync()
-    submission = installation.submission(on_slurm)
-    assert (submission.slurm_state, submission.reason) == ("PENDING", "Resources")
-    assert queries.find_job(on_slurm.id).status == "pending"
-
-
-@pytest.mark.parametrize(
-    ("state", "fields", "status", "error"),
-    [
-        ("OUT_OF_MEMORY", {}, "error", "out of memory (OUT_OF_MEMORY): exit code 0"),
-        ("TIMEOUT", {}, "error", "ran into its time limit (TIMEOUT): exit code 0"),
-        ("NODE_FAIL", {"reason": "NodeDown"}, "error", "lost its node (NODE_FAIL): NodeDown"),
-        ("FAILED", {"exit_code": "2:0"}, "error", "failed: exit code 2"),
-        ("FAILED", {"exit_code": "137:0"}, "error", "exit code 137: a process was killed"),
-        ("COMPLETED", {}, "error", "the script ended without saying how the training went"),
-        ("CANCELLED by 1000", {}, "stopped", None),
-        ("RUNNING", {}, "running", None),
-        ("PREEMPTED", {}, "running", None),
-    ],
-)
-def test_what_accounting_says_of_a_job_becomes_its_status(installation, on_slurm, slurm, state, fields, status, error):
-    installation.write_started(on_slurm, slurm_job_id="7")
-    slurm(accounting=entry(on_slurm, state, **{"exit_code": "0:0"} | fields))
-    installation.sync()
-    row = queries.find_job(on_slurm.id)
-    assert row.status == status
-    assert (row.error or "").startswith(error or "")
-    assert error or row.error is None
-
-
-def test_a_recycled_number_is_not_taken_for_the_job(installation, on_slurm, slurm):
-    from tfslurm.slurm.client import QueueEntry
-
-    slurm(queue={"7": QueueEntry("7", "somebody-elses", "COMPLETED")})
-    installation.write_started(on_slurm)
-    installation.write_outcome(on_slurm, Failed(error="too hot"))
-    installation.write_exit(on_slurm, 1)
-    installation.sync()
-    assert queries.find_job(on_slurm.id).error == "too hot"
-
-
-def test_an_unknown_job_is_lost_only_after_the_grace(installation, on_slurm, slurm):
-    slurm()
-    Submission.update(submitted_at=now()).execute()
-    installation.sync()
-    assert queries.find_job(on_slurm.id).status == "pending"
-    Submission.update(submitted_at=now() - LONG_AGO).execute()
-    installation.sync()
-    row = queries.find_job(on_slurm.id)
-    assert row.error == "lost: neither squeue nor sacct knows it, and it left no exit record"
-
-
-def test_without_accounting_the_exit_record_counts(installation, on_slurm, slurm, monkeypatch):
-    fake = FakeSlurm()
-
-    def refuse(job_ids, since):
-        raise SlurmRefused("Slurm accounting storage is disabled")
-
-    fake.accounting = refuse
-    monkeypatch.setattr(module, "Slurm", fake)
-    installation.trained(on_slurm)
-    installation.sync()
-    assert queries.find_job(on_slurm.id).status == "completed"
-
-
-def test_a_submission_that_slurm_took_after_all_is_adopted(installation, on_slurm, slurm):
-    Submission.update(state=SubmissionState.SUBMITTING, job_id=None, cluster=None).execute()
-    slurm(found="7", queue=entry(on_slurm, "PENDING", "Priority"))
-    installation.sync()
-    submission = installation.submission(on_slurm)
-    assert (submission.state, submission.cluster, submission.job_id) == ("submitted", "lab", "7")
-    assert submission.slurm_state == "PENDING"
-
-
-def test_a_half_made_submission_waits_while_slurm_does_not_answer(installation, on_slurm, slurm):
-    Submission.update(state=SubmissionState.SUBMITTING, job_id=None, cluster=None).execute()
-    slurm(error=SlurmUnreachable("Unable to contact slurm controller"))
-    assert installation.sync().stale
-    assert installation.submission(on_slurm).state == "submitting"
-    assert queries.find_job(on_slurm.id).status == "pending"
-
-
-def test_a_half_made_submission_that_slurm_refuses_ends_its_job(installation, on_slurm, slurm, tmp_path, monkeypatch):
-    (tmp_path / "bin").mkdir()
-    sbatch = tmp_path / "bin" / "sbatch"
-    sbatch.write_text("#!/bin/sh\necho 'sbatch: error: invalid partition specified: gpus' >&2; exit 1\n")
-    sbatch.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
-    Submission.update(state=SubmissionState.SUBMITTING, job_id=None, cluster=None).execute()
-    slurm()
-    summary = installation.sync()
-    assert not summary.failed
-    row = queries.find_job(on_slurm.id)
-    assert row.status == "error"
-    assert "invalid partition specified: gpus" in row.error
-    assert installation.submission(on_slurm).state == "ended"
 
 
 def test_a_run_that_was_quicker_than_its_submitter_stays_ended(installation):

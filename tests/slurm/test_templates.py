@@ -12,7 +12,8 @@ import pytest
 from tfslurm import __version__
 from tfslurm.errors import ConfigurationError
 from tfslurm.settings import Container, Instance, Prologue
-from tfslurm.slurm.templates import RESERVED, Script, directives, render
+from tfslurm.slurm.directives import EXCLUDE
+from tfslurm.slurm.templates import RESERVED, Array, Script, directives, render
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -42,6 +43,7 @@ FULL = Instance(
     constraint="ib&nvme",
     options={"mail-type": "FAIL", "exclusive": True, "overcommit": False, "nice": 100, "exclude": "n[1-3],n7"},
 )
+ARRAY = Array(size=1000, cells=Path("/the factory/arrays/a-1/cells"), max_parallel=4)
 PROLOGUE = Prologue(
     modules=["cuda/12.8", "nccl"],
     conda="trainer",
@@ -68,6 +70,21 @@ CASES = {
         ),
     ),
     "train-blanks-in-paths": replace(BASE, folder=Path("/the factory/jobs/job #1"), python="/my env/bin/python"),
+    "train-array": replace(
+        BASE, kind="sweep", object_id="sw-0000000000000001", folder=Path("/the factory/arrays/a-1"), instance=GPUS,
+        array=ARRAY,
+    ),
+    "train-later-attempt": replace(BASE, instance=GPUS, first_attempt=3, exclude=("n7", "n9"), requeue=False),
+    "train-never-leaves": replace(BASE, instance=GPUS, leave_seconds=0),
+    "sync": replace(
+        BASE, template="sync", uuid="tfslurm-sync-0123456789ab", kind="sync", object_id="sync",
+        folder=Path("/factory/sync"), instance=Instance(name="cpu", cpus_per_process=2, time=10), minutes=7,
+        config=Path("/etc/tfslurm/site.yaml"),
+    ),
+    "sync-prologue": replace(
+        BASE, template="sync", uuid="tfslurm-sync-0123456789ab", kind="sync", object_id="sync",
+        folder=Path("/factory/sync"), instance=Instance(name="p", prologue=PROLOGUE),
+    ),
     "import-local": replace(BASE, template="import", kind="import", object_id="ds-0000000000000001"),
     "import-pyxis": replace(
         BASE, template="import", instance=Instance(name="x", container=Container(image="img", runtime="pyxis"))
@@ -126,7 +143,7 @@ def test_all_that_an_instance_asks_for_is_asked_of_slurm():
         "output": "/factory/jobs/job-0000000000000001/logs/slurm.log",
         "open-mode": "append",
         "export": "NONE",
-        "no-requeue": None,
+        "requeue": None,
         "nodes": "2",
         "ntasks-per-node": "8",
         "cpus-per-task": "12",
@@ -138,6 +155,7 @@ def test_all_that_an_instance_asks_for_is_asked_of_slurm():
         "reservation": "friday",
         "constraint": "ib&nvme",
         "gres": "gpu:h100:8",
+        "signal": "B:USR2@120",
         "mail-type": "FAIL",
         "exclusive": None,
         "nice": "100",
@@ -165,6 +183,117 @@ def test_the_options_that_the_platform_sets_are_refused(option):
     instance = Instance(name="i", options={option: "1"})
     with pytest.raises(ConfigurationError, match=f"instance 'i': the sbatch option '{option}'"):
         render(replace(BASE, instance=instance))
+
+
+@pytest.mark.parametrize("option", sorted({name[:length] for name in RESERVED for length in (3, len(name) - 1)}))
+def test_the_beginnings_of_those_options_are_refused_too(option):
+    with pytest.raises(ConfigurationError, match="is not one that options may set"):
+        render(replace(BASE, instance=Instance(name="i", options={option: "1"})))
+
+
+def test_excluded_nodes_are_the_instances_and_those_that_failed():
+    instance = Instance(name="i", options={EXCLUDE: "n[1-3],n7"})
+    for exclude, written in (((), "n[1-3],n7"), (("n9", "n9", "n8"), "n[1-3],n7,n9,n8")):
+        assert options_of(render(replace(BASE, instance=instance, exclude=exclude)))["exclude"] == written
+    assert "exclude" not in options_of(render(BASE))
+    with pytest.raises(ConfigurationError, match="cannot stand in an #SBATCH line"):
+        render(replace(BASE, exclude=("n1\n#SBATCH --uid=0",)))
+    for option in ({"exclud": "n1"}, {EXCLUDE: True}):
+        with pytest.raises(ConfigurationError, match="is not one that options may set"):
+            render(replace(BASE, instance=Instance(name="i", options=option)))
+
+
+@pytest.mark.parametrize(
+    ("time", "seconds"),
+    [("1-00:00:00", 120), (1, 30), ("00:03:00", 90), ("4:00", 120), ("UNLIMITED", 120), ("0:20", 10)],
+)
+def test_a_job_is_told_to_leave_before_its_walltime_and_not_before_half_of_it(time, seconds):
+    options = options_of(render(replace(BASE, instance=Instance(name="i", time=time))))
+    assert options["signal"] == f"B:USR2@{seconds}"
+
+
+def test_only_training_comes_back_and_leaves():
+    assert "requeue" in options_of(render(BASE))
+    assert "no-requeue" in options_of(render(CASES["train-later-attempt"]))
+    assert "scontrol requeue" not in render(CASES["train-later-attempt"])
+    assert "signal" not in options_of(render(CASES["train-never-leaves"]))
+    for name in ("import-local", "serve-gpu"):
+        assert "no-requeue" in options_of(render(CASES[name]))
+        assert "signal" not in options_of(render(CASES[name]))
+        assert "USR2" not in render(CASES[name]).replace("trap : TERM INT USR2", "")
+
+
+def test_an_array_is_throttled_and_counts_from_zero():
+    assert options_of(render(CASES["train-array"]))["array"] == "0-999%4"
+    assert Array(size=1, cells=Path("/c")).indices == "0-0"
+    assert "array" not in options_of(render(BASE))
+
+
+def test_of_a_periodic_sync_one_runs_at_a_time():
+    options = options_of(render(CASES["sync"]))
+    assert (options["dependency"], options["job-name"]) == ("singleton", "tfslurm-sync-0123456789ab")
+    assert "requeue" in options
+    assert "--begin=now+7minutes" in render(CASES["sync"])
+
+
+@pytest.fixture
+def own(tmp_path):
+    """Write a template of a site's own; the script then belongs to that site."""
+
+    def own(name, text):
+        folder = tmp_path / "sbatch_templates"
+        folder.mkdir(exist_ok=True)
+        (folder / name).write_text(text)
+        return replace(BASE, config=tmp_path / "site.yaml")
+
+    return own
+
+
+def test_a_site_fills_the_blocks_of_a_packaged_template(own):
+    script = own(
+        "train.sh.j2",
+        '{% extends "packaged/train.sh.j2" %}\n{% block before %}\nstage-in {{ folder | quote }}\n{% endblock %}\n'
+        "{% block prologue %}\n{{ super() }}\nulimit -l unlimited\n{% endblock %}\n",
+    )
+    text, packaged = render(script), render(replace(script, config=None))
+    added = [line for line in text.splitlines() if line not in packaged.splitlines()]
+    assert added == [f"export TFSLURM_CONFIG={script.config}", "ulimit -l unlimited", f"stage-in {BASE.folder}"]
+    assert text.index("ulimit") < text.index("stage-in") < text.index("training.prepare")
+
+
+def test_a_sites_base_is_under_every_template(own):
+    script = own("base.sh.j2", '{% extends "packaged/base.sh.j2" %}{% block before %}\necho here\n{% endblock %}\n')
+    for template in ("train", "serve", "import"):
+        assert "\necho here\n" in render(replace(script, template=template))
+
+
+def test_a_site_may_replace_a_template_as_a_whole(own):
+    script = own("serve.sh.j2", "#!/bin/bash\nexec {{ program }} {{ folder | quote }}\n")
+    assert render(replace(script, template="serve")) == f"#!/bin/bash\nexec {BASE.python} {BASE.folder}\n"
+    assert "training.prepare" in render(script)
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "said"),
+    [
+        ("#!/bin/bash\n{% if %}\n", 2, "Expected an expression"),
+        ("#!/bin/bash\n\n{{ nothing }}\n", 3, "'nothing' is undefined"),
+        ('#!/bin/bash\n{% include "missing.j2" %}\n', 2, "missing.j2"),
+        ("{{ folder | unknown }}\n", 1, "No filter named 'unknown'"),
+        ("\n{{ 1 // 0 }}\n", 2, "by zero"),
+        ('{% extends "packaged/train.sh.j2" %}\n{% block before %}\n{{ oops }}\n{% endblock %}\n', 3, "'oops'"),
+    ],
+)
+def test_an_error_in_a_sites_template_says_file_and_line(own, tmp_path, text, line, said):
+    with pytest.raises(ConfigurationError, match=said) as caught:
+        render(own("train.sh.j2", text))
+    assert caught.value.message.startswith(f"{tmp_path}/sbatch_templates/train.sh.j2, line {line}: ")
+
+
+def test_what_a_value_may_not_be_is_told_as_such_also_in_a_sites_template(own):
+    script = own("train.sh.j2", "#!/bin/bash\n#SBATCH --comment={{ folder | directive }}\n")
+    with pytest.raises(ConfigurationError, match="cannot stand in an #SBATCH line"):
+        render(replace(script, folder=Path('/a"b')))
 
 
 @pytest.mark.parametrize("option", ["a b", "a\nb", "--mem", "A", "a=b", "", "-n", "a;b"])

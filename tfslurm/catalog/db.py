@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from peewee import Database, OperationalError, PeeweeException, SqliteDatabase
+from peewee import Database, Field, OperationalError, PeeweeException, SqliteDatabase, __exception_wrapper__
 
 from tfslurm.catalog import migrations
-from tfslurm.catalog.models import database
+from tfslurm.catalog.models import Table, database
 from tfslurm.errors import NotPermittedError, StatusError, UnreachableError
 from tfslurm.settings import Settings
 
@@ -75,6 +76,45 @@ def write_transaction() -> Iterator[None]:
         if "locked" in str(error):
             raise UnreachableError(f"the catalog was locked by another process for {BUSY_TIMEOUT} s") from None
         raise
+
+
+def insert_all(table: type[Table], rows: Iterable[Mapping[str, Any]]) -> None:
+    """Insert many rows, each with the same fields; those that are left out take their defaults.
+
+    One prepared statement: peewee's insert_many takes five times as long, for making its SQL.
+    """
+    rows, meta = list(rows), table._meta
+    if not rows:
+        return
+    given = [field for field in meta.sorted_fields if field in meta.defaults or field.name in rows[0]]
+    columns = ", ".join(f'"{field.column_name}"' for field in given)
+    places = ", ".join([database.param] * len(given))
+    values = zip(*(_column(field, rows) for field in given), strict=True)
+    execute_many(f'INSERT INTO "{meta.table_name}" ({columns}) VALUES ({places})', values)
+
+
+def execute_many(sql: str, rows: Iterable[Sequence[Any]]) -> None:
+    """One prepared statement for many rows; raises peewee's errors, as every other statement does."""
+    with __exception_wrapper__:
+        database.cursor().executemany(sql, rows)
+
+
+def _column(field: Field, rows: list[Mapping[str, Any]]) -> list[Any]:
+    """The field's values as the database takes them; what all rows share is converted once."""
+    if field.name not in rows[0]:
+        return [field.db_value(_default(field))] * len(rows)
+    values: list[Any] = []
+    before = converted = None
+    for row in rows:
+        value = row[field.name]
+        if value is not before:
+            before, converted = value, field.db_value(value)
+        values.append(converted)
+    return values
+
+
+def _default(field: Field) -> Any:
+    return field.default() if callable(field.default) else field.default
 
 
 def migrate(settings: Settings) -> list[str]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from enum import StrEnum
 from typing import Any
 
+from tfslurm.catalog.db import insert_all
 from tfslurm.catalog.models import (
     Artifact,
     BaseModel,
@@ -72,6 +74,12 @@ def record(row: Table, change: str, *, actor: str, reason: str | None = None, **
         to_status=statuses.get("after"),
         reason=reason,
     )
+
+
+def record_created(kind: str, object_ids: Iterable[str], status: str, *, actor: str) -> None:
+    """Add the event that each of these objects was created; in the transaction that creates them."""
+    same = {"at": now(), "actor": actor, "kind": kind, "change": "created", "to_status": status}
+    insert_all(Event, ({**same, "object_id": object_id} for object_id in object_ids))
 
 
 def transition(row: Table, to: StrEnum, *, actor: str, reason: str | None = None, **changes: Any) -> None:

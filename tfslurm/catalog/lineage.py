@@ -18,9 +18,10 @@ class Chain:
     checkpoint: Checkpoint | None
     job: Job | None
     dataset: Dataset
+    validation_dataset: Dataset | None
     base_model: BaseModel | None
     consumers: tuple[Job | Checkpoint | Endpoint, ...]
-    """Jobs of a dataset with their checkpoints and endpoints; endpoints of a checkpoint; the nearest first."""
+    """Jobs on a dataset with their checkpoints and endpoints; endpoints of a checkpoint; the nearest first."""
 
 
 def trace(ref: str) -> Chain:
@@ -58,9 +59,9 @@ def of_job(job: Job) -> Chain:
 
 
 def of_dataset(dataset: Dataset) -> Chain:
-    jobs = list(queries.jobs().where(Job.dataset == dataset).order_by(Job.id))
+    jobs = list(queries.jobs().where(queries.reads(dataset.artifact_id)).order_by(Job.id))
     made = _made(jobs)
-    return Chain("dataset", None, None, None, dataset, None, (*jobs, *made, *_served(made)))
+    return Chain("dataset", None, None, None, dataset, None, None, (*jobs, *made, *_served(made)))
 
 
 def _chain(
@@ -72,8 +73,9 @@ def _chain(
     checkpoint: Checkpoint | None = None,
 ) -> Chain:
     job = queries.find_job(job_id)
-    dataset = queries.find_dataset(job.dataset.artifact_id, deleted=True)
-    return Chain(start, endpoint, checkpoint, job, dataset, job.base_model, consumers)
+    dataset = queries.find_dataset(job.dataset_id, deleted=True)
+    validation = job.validation_dataset_id and queries.find_dataset(job.validation_dataset_id, deleted=True)
+    return Chain(start, endpoint, checkpoint, job, dataset, validation, job.base_model, consumers)
 
 
 def _made(jobs: list[Job]) -> tuple[Checkpoint, ...]:

@@ -176,6 +176,7 @@ class Job(Table):
     base_model = reference(BaseModel, column_name="base_model")
     base_model_revision = CharField(max_length=80)
     dataset = reference(Dataset, backref="jobs")
+    validation_dataset = reference(Dataset, null=True, backref="validated_jobs")
     instance = CharField(max_length=63)
     config_digest = CharField(max_length=80)
     attempt = IntegerField(default=0)

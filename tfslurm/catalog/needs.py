@@ -2,9 +2,9 @@
 
 The rule: bytes are needed by what reads them, not by what remembers them.
 
-- A dataset is read by its own import and by the jobs that train on it: while one of them has not ended, or has been
-  handed over and is not known to have ended, the bytes stay. A checkpoint, and an endpoint that serves it, lead back
-  to the dataset, but only to its row: its digest, size and statistics. That row stays for ever.
+- A dataset is read by its own import and by the jobs that train or validate on it: while one of them has not ended,
+  or has been handed over and is not known to have ended, the bytes stay. A checkpoint, and an endpoint that serves it,
+  lead back to the dataset, but only to its row: its digest, size and statistics. That row stays for ever.
 - A checkpoint is read by the endpoints that serve it, in the same way. A stopped endpoint does not hold it: it cannot
   be started again once its checkpoint is deleted.
 - A base model is read by both, and is never deleted while a job names it: `model remove` refuses.
@@ -18,6 +18,7 @@ from collections.abc import Iterator
 
 from peewee import ModelSelect
 
+from tfslurm.catalog import queries
 from tfslurm.catalog.models import (
     Artifact,
     Endpoint,
@@ -47,7 +48,7 @@ def _readers(artifact: Artifact) -> Iterator[str]:
     if artifact.kind == "checkpoint":
         table, reads, statuses, kind = Endpoint, Endpoint.checkpoint == artifact.id, EndpointStatus, "endpoint"
     else:
-        table, reads, statuses, kind = Job, Job.dataset == artifact.id, JobStatus, "job"
+        table, reads, statuses, kind = Job, queries.reads(artifact.id), JobStatus, "job"
         if _handed().where(Submission.object_id == artifact.id).exists():
             yield f"its import: {HANDED}"
     unended = table.status.in_(_unended(statuses))

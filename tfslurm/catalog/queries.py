@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
-from peewee import Field, ModelSelect
+from peewee import Expression, Field, ModelSelect
 
 from tfslurm.catalog.models import (
     Artifact,
@@ -19,6 +20,7 @@ from tfslurm.catalog.models import (
     JobStatus,
     Submission,
     SubmissionState,
+    Sweep,
     Table,
 )
 from tfslurm.errors import NotFoundError, StatusError
@@ -50,8 +52,8 @@ def checkpoints() -> ModelSelect:
 
 
 def jobs() -> ModelSelect:
-    """Every job with its dataset's registry row, in one query."""
-    return Job.select(Job, Dataset, Artifact).join(Dataset).join(Artifact)
+    """Every job; `dataset_id` is the dataset's, and no view needs more of it."""
+    return Job.select()
 
 
 def endpoints() -> ModelSelect:
@@ -90,6 +92,19 @@ def find_checkpoint(ref: str, *, deleted: bool = False) -> Checkpoint:
 def find_job(ref: str) -> Job:
     """The job with this id or name. Raises NotFoundError."""
     return _find(jobs(), Job, "job", ref, True)
+
+
+def find_sweep(ref: str) -> Sweep:
+    """The sweep with this id or name. Raises NotFoundError."""
+    found = Sweep.get_or_none((Sweep.id == ref) | (Sweep.name == ref))
+    if found is None:
+        raise NotFoundError(f"no sweep '{ref}'", hint="`tfslurm job show JOB` names the sweep of a job.")
+    return found
+
+
+def jobs_of(sweep: Sweep) -> list[Job]:
+    """The jobs of a sweep, in the order of its cells."""
+    return list(jobs().where(Job.sweep == sweep).order_by(Job.id))
 
 
 def find_endpoint(ref: str, *, deleted: bool = False) -> Endpoint:
@@ -132,10 +147,15 @@ def check_name_free(table: type[Table], kind: str, name: str) -> None:
         )
 
 
+def reads(dataset_id: str) -> Expression:
+    """The condition of a job that trains on the dataset, or validates on it."""
+    return (Job.dataset == dataset_id) | (Job.validation_dataset == dataset_id)
+
+
 def consumers_of_dataset(dataset_id: str) -> list[Job]:
     """The jobs that may still read the dataset."""
     alive = [status for status in JobStatus if not status.ended]
-    return list(Job.select().where(Job.dataset == dataset_id, Job.status.in_(alive)).order_by(Job.id))
+    return list(Job.select().where(reads(dataset_id), Job.status.in_(alive)).order_by(Job.id))
 
 
 def consumers_of_checkpoint(checkpoint_id: str) -> list[Endpoint]:
@@ -150,10 +170,69 @@ def submissions_alive() -> list[Submission]:
     return list(alive.order_by(Submission.created_at))
 
 
+def launchers_alive() -> set[str]:
+    """The launchers of what has not ended: a quick look whether there is anything to follow."""
+    alive = Submission.select(Submission.launcher).where(Submission.state != SubmissionState.ENDED).distinct()
+    return {launcher for (launcher,) in alive.tuples()}
+
+
+def unaccounted() -> list[Submission]:
+    """What has run on Slurm, has ended, and has not been looked up in accounting yet; the oldest first."""
+    ended = (Submission.state == SubmissionState.ENDED) & (Submission.launcher == "slurm")
+    unknown = Submission.usage.is_null() & Submission.job_id.is_null(False)
+    return list(Submission.select().where(ended, unknown).order_by(Submission.ended_at))
+
+
+def objects_of(submissions: Iterable[Submission]) -> dict[str, Table]:
+    """What the submissions run, by its id: the jobs, endpoints and datasets."""
+    ids: dict[str, list[str]] = {"job": [], "endpoint": [], "import": []}
+    for submission in submissions:
+        ids[submission.kind].append(submission.object_id)
+    found = [
+        *_among(Job.select(), Job.id, ids["job"]),
+        *_among(endpoints(), Endpoint.id, ids["endpoint"]),
+        *_among(datasets(), Artifact.id, ids["import"]),
+    ]
+    return {row._pk: row for row in found}
+
+
+VARIABLES = 500
+"""Values in one statement: databases have a limit."""
+
+
+def _among(rows: ModelSelect, key: Field, ids: list[str]) -> Iterator[Table]:
+    for start in range(0, len(ids), VARIABLES):
+        yield from rows.where(key.in_(ids[start : start + VARIABLES]))
+
+
 def submissions_of(object_ids: Iterable[str]) -> dict[str, Submission]:
     """The newest submission of each object."""
     rows = Submission.select().where(Submission.object_id.in_(list(object_ids))).order_by(Submission.created_at)
     return {row.object_id: row for row in rows}
+
+
+SUMMED = ("gpu_hours", "cpu_hours", "queue_wait_seconds", "elapsed_seconds", "runs")
+
+
+def usage_of(object_ids: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """What accounting said of each object's submissions, together; objects of which it said nothing are missing."""
+    rows = Submission.select(Submission.object_id, Submission.usage).where(Submission.usage.is_null(False))
+    found: dict[str, dict[str, Any]] = {}
+    for row in _among(rows.order_by(Submission.created_at), Submission.object_id, list(object_ids)):
+        if row.usage:
+            found[row.object_id] = _together(found.get(row.object_id), row.usage)
+    return found
+
+
+def _together(before: dict[str, Any] | None, used: dict[str, Any]) -> dict[str, Any]:
+    if before is None:
+        return used
+    peaks = [each["peak_memory_bytes"] for each in (before, used) if each["peak_memory_bytes"]]
+    return {
+        **{key: before[key] + used[key] for key in SUMMED},
+        "peak_memory_bytes": max(peaks, default=None),
+        "nodes": list(dict.fromkeys(before["nodes"] + used["nodes"])),
+    }
 
 
 def events_of(object_id: str) -> list[Event]:

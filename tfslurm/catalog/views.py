@@ -30,6 +30,10 @@ LOG_LINES = 20
 """How much of a failed run's log its view shows."""
 
 
+VALIDATED = ("validation_loss", "best_step", "final_validation_loss")
+"""Of a completed job that had validation rows: its checkpoint's loss on them, its step, and the last step's loss."""
+
+
 def time(moment: datetime | None) -> str | None:
     """RFC 3339, in UTC."""
     return None if moment is None else moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
@@ -82,8 +86,11 @@ def _importing(row: Dataset) -> bool:
     return row.source is not None and row.artifact.status == "assembling"
 
 
-def job_view(row: Job, root: Root, submission: Submission | None) -> View:
-    """Raises InvalidError where the rendered configuration is not the one that was recorded."""
+def job_view(row: Job, root: Root, submission: Submission | None, usage: View | None = None) -> View:
+    """`usage` is what accounting said of all its submissions together.
+
+    Raises InvalidError where the rendered configuration is not the one that was recorded.
+    """
     paths = root.job(row.id)
     config = rendered(paths.config, row.config_digest)
     failed = row.status == JobStatus.ERROR
@@ -95,17 +102,21 @@ def job_view(row: Job, root: Root, submission: Submission | None) -> View:
         "status": row.status,
         "base_model": row.base_model_id,
         "base_model_revision": row.base_model_revision,
-        "dataset": row.dataset.artifact_id,
+        "dataset": row.dataset_id,
+        "validation_dataset": row.validation_dataset_id,
         "hyperparameters": config["hyperparameters"],
         "seed": config["seed"],
         "instance": row.instance,
         "location": str(paths.folder),
+        "sweep": row.sweep_id,
         **_slurm(submission),
         "attempt": row.attempt,
         "progress": read_json(paths.progress),
         "checkpoint": checkpoint.artifact_id if checkpoint else None,
+        **{key: checkpoint and checkpoint.metadata.get(key) for key in VALIDATED},
         "error": row.error,
         "log_tail": tail(paths.log(row.attempt), LOG_LINES) if failed else None,
+        "usage": usage,
         "owner": row.owner,
         "created_at": time(row.created_at),
         "started_at": time(row.started_at),
@@ -115,14 +126,12 @@ def job_view(row: Job, root: Root, submission: Submission | None) -> View:
 
 def _slurm(submission: Submission | None) -> View:
     """Where Slurm has it; state and reason only as long as it is there."""
+    keys = ("slurm_job_id", "slurm_state", "slurm_reason", "estimated_start", "nodes")
     if submission is None or submission.launcher != "slurm":
-        return dict.fromkeys(("slurm_job_id", "slurm_state", "slurm_reason"))
+        return dict.fromkeys(keys)
     alive = submission.state != SubmissionState.ENDED
-    return {
-        "slurm_job_id": submission.job_id,
-        "slurm_state": submission.slurm_state if alive else None,
-        "slurm_reason": (submission.reason or None) if alive else None,
-    }
+    seen = submission.slurm_state, submission.reason or None, time(submission.estimated_start)
+    return dict(zip(keys, (submission.job_id, *(seen if alive else (None,) * 3), submission.nodes), strict=True))
 
 
 def rendered(path: Path, digest: str) -> View:

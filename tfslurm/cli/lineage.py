@@ -55,6 +55,7 @@ def _views(chain: Any, root: Any) -> dict[str, Any]:
         "checkpoint": view(chain.checkpoint),
         "job": view(chain.job),
         "dataset": views.dataset_view(chain.dataset, root),
+        "validation_dataset": views.dataset_view(chain.validation_dataset, root) if chain.validation_dataset else None,
         "base_model": views.model_view(chain.base_model) if chain.base_model else None,
         "consumers": [view(row) for row in chain.consumers],
     }
@@ -70,6 +71,8 @@ def _tree(views: dict[str, Any]) -> None:
         for name, value in views["job"]["hyperparameters"].items():
             click.echo(f"{'   ' * depth}   {name} {value:g}")
     _line(depth, views["dataset"])
+    if views["validation_dataset"]:
+        _line(depth, {**views["validation_dataset"], "kind": "validation dataset"})
     if views["base_model"]:
         model = views["base_model"]
         click.echo(f"{'   ' * depth}└─ base model {model['name']} @ {model['revision']}")

@@ -32,6 +32,30 @@ def listing_options(statuses: list[str]) -> Callable[[Callable], Callable]:
     return decorate
 
 
+def training_options(command: Callable) -> Callable:
+    """What is trained on what, with which six numbers, on which instance: of a job, and of a sweep's jobs."""
+    for option in reversed(
+        [
+            click.option("--model", required=True, shell_complete=names_of("model"), help="The base model."),
+            click.option("--dataset", required=True, shell_complete=names_of("dataset"), help="A ready dataset."),
+            click.option(
+                "--validation-dataset",
+                shell_complete=names_of("dataset"),
+                help="A ready dataset to measure the loss on; the checkpoint is then that of the best step.",
+            ),
+            click.option("--learning-rate", type=float, help="Of AdamW, at its peak."),
+            click.option("--epochs", type=int, help="How often every row is seen."),
+            click.option("--effective-batch-size", type=int, help="Rows a step, over all processes."),
+            click.option("--max-seq-length", type=int, help="The longest row, in tokens."),
+            click.option("--lora-rank", type=int),
+            click.option("--lora-alpha", type=int),
+            click.option("--instance", help="The size of machine; auto picks one."),
+        ]
+    ):
+        command = option(command)
+    return command
+
+
 def reference(kind: str, name: str = "ref") -> Callable:
     """The argument that names an object by id or name, completed by the shell from the catalog."""
     return click.argument(name, metavar=kind.upper(), shell_complete=names_of(kind))
@@ -43,10 +67,10 @@ def names_of(kind: str) -> Callable:
     def complete(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
         from click.shell_completion import CompletionItem
 
-        from tfslurm.catalog.models import Artifact, BaseModel, Endpoint, Job
+        from tfslurm.catalog.models import Artifact, BaseModel, Endpoint, Job, Sweep
         from tfslurm.errors import TfslurmError
 
-        table = {"model": BaseModel, "job": Job, "endpoint": Endpoint}.get(kind, Artifact)
+        table = {"model": BaseModel, "job": Job, "endpoint": Endpoint, "sweep": Sweep}.get(kind, Artifact)
         root = ctx.find_root()
         try:
             Context(root.params.get("config"), root.params.get("root")).open()

@@ -154,7 +154,9 @@ def start(settings: Settings, endpoint: Endpoint) -> Endpoint:
         write_atomic(paths.script, script, mode=0o555)
         with write_transaction():
             queries.find_checkpoint(endpoint.checkpoint.artifact_id)
-            transition(endpoint, EndpointStatus.PENDING, actor=current_user(), error=None, ended_at=None)
+            transition(
+                endpoint, EndpointStatus.PENDING, actor=current_user(), error=None, started_at=None, ended_at=None
+            )
             submission = submissions.record(uuid, instance, "endpoint", endpoint.id)
     submissions.hand_over(settings, submission, paths.script, lambda reason: _refuse(endpoint, reason))
     return endpoint

@@ -5,7 +5,6 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Any
 
-from tfslurm.catalog import queries
 from tfslurm.catalog.db import write_transaction
 from tfslurm.catalog.lifecycle import TRANSITIONS, transition
 from tfslurm.catalog.models import Endpoint, EndpointStatus, Submission, now
@@ -13,7 +12,7 @@ from tfslurm.files import read_json
 from tfslurm.settings import Settings
 from tfslurm.slurm.observe import Observation
 from tfslurm.slurm.states import Fate
-from tfslurm.slurm.submissions import note_ended, note_seen, note_started
+from tfslurm.slurm.submissions import note_ended, note_started
 
 ACTOR = "sync"
 
@@ -21,9 +20,8 @@ STALE = 60.0
 """Seconds without a word from the supervisor after which an endpoint no longer counts as healthy."""
 
 
-def follow(settings: Settings, submission: Submission, seen: Observation) -> None:
-    """Move the endpoint to where its supervisor says it is; once more changes nothing."""
-    endpoint = queries.find_endpoint(submission.object_id, deleted=True)
+def follow(settings: Settings, endpoint: Endpoint, submission: Submission, seen: Observation) -> bool:
+    """Move the endpoint to where its supervisor says it is; once more changes nothing. Whether it goes on."""
     paths = settings.root.endpoint(submission.object_id)
     started, state, outcome = (read_json(path) for path in (paths.started, paths.state, paths.outcome))
     if endpoint.status == EndpointStatus.PENDING and started and started["uuid"] == submission.uuid:
@@ -36,7 +34,8 @@ def follow(settings: Settings, submission: Submission, seen: Observation) -> Non
     else:
         if state and started:
             _publish(endpoint, state)
-        note_seen(submission, seen.state, seen.reason)
+        return True
+    return False
 
 
 def _publish(endpoint: Endpoint, state: dict[str, Any]) -> None:

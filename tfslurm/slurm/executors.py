@@ -1,4 +1,4 @@
-"""Handing a rendered script over: to Slurm through submitit, or to this machine."""
+"""Handing a rendered script over: to Slurm or to this machine, both through submitit."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Protocol
 
 from tfslurm.settings import Settings
-from tfslurm.slurm import local
 from tfslurm.slurm.client import Slurm
+
+# submitit is imported late: it is slow to load, and no listing needs it.
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,11 @@ class Launcher(Protocol):
     name: str
 
     def submit(self, script: Path) -> Handed:
-        """Raises SlurmUnreachable or SlurmRefused; then nothing was started, as far as can be known."""
+        """Raises SlurmRefused: then nothing was started; SlurmUnreachable: then it may have been, or not."""
+        ...
+
+    def find(self, name: str) -> list[Handed]:
+        """What was started under this name, the oldest first. Raises SlurmUnreachable."""
         ...
 
 
@@ -36,7 +41,12 @@ class LocalLauncher:
     name = "local"
 
     def submit(self, script: Path) -> Handed:
-        return Handed(socket.gethostname(), local.start(script))
+        from tfslurm.slurm.submitit_executor import LocalScriptExecutor
+
+        return Handed(socket.gethostname(), LocalScriptExecutor(script).submit_script().job_id)
+
+    def find(self, name: str) -> list[Handed]:
+        return []  # a process that was started has its handle at once
 
 
 class SlurmLauncher:
@@ -48,10 +58,14 @@ class SlurmLauncher:
         self.slurm = slurm
 
     def submit(self, script: Path) -> Handed:
-        from tfslurm.slurm.submitit_executor import ScriptExecutor  # slow to import, and no listing needs it
+        from tfslurm.slurm.submitit_executor import ScriptExecutor
 
+        cluster = self.slurm.cluster()  # first: once the script is taken, nothing may fail any more
         job = ScriptExecutor(script, self.slurm).submit_script()
-        return Handed(job.cluster or self.slurm.cluster(), job.job_id)
+        return Handed(job.cluster or cluster, job.job_id)
+
+    def find(self, name: str) -> list[Handed]:
+        return [Handed(self.slurm.cluster(), job_id) for job_id in self.slurm.find(name)]
 
 
 def launcher(name: str, settings: Settings) -> Launcher:

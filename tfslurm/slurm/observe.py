@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from datetime import timedelta
+from datetime import datetime, timedelta
 
 from tfslurm.catalog.models import Submission, SubmissionState, now
 from tfslurm.files import read_json
 from tfslurm.process import alive
 from tfslurm.settings import Settings
 from tfslurm.slurm.client import QueueEntry, Slurm, SlurmRefused, SlurmUnreachable
+from tfslurm.slurm.ids import task_id
+from tfslurm.slurm.reasons import explain
 from tfslurm.slurm.states import Fate, fate
 from tfslurm.slurm.submissions import folder_of
 
@@ -25,8 +27,20 @@ class Observation:
     state: str = ""
     """Slurm's own word."""
     nodes: str = ""
-    start: str = ""
+    estimated_start: datetime | None = None
+    """When Slurm thinks that it starts, while it waits."""
     exit_code: int | None = None
+    restarts: int = 0
+    """How often Slurm itself has started it again, as far as squeue knows it."""
+    queued: bool = False
+    """Whether squeue has it, waiting, running or just ended."""
+    job_id: str | None = None
+    """Slurm's id of the job that runs as this submission, where it is not the one that was noted."""
+
+    @property
+    def ended(self) -> bool:
+        """Nothing more will happen to it: a preempted one may come back as long as squeue has it."""
+        return self.fate.ended or (self.fate is Fate.PREEMPTED and not self.queued)
 
 
 UNKNOWN = Observation(Fate.UNKNOWN)
@@ -59,55 +73,134 @@ def _observe_local(settings: Settings, submission: Submission) -> Observation:
 
 
 def _observe_slurm(settings: Settings, submissions: list[Submission], slurm: Slurm) -> dict[str, Observation]:
-    queue = slurm.queue([s.job_id for s in submissions])
-    absent = [s for s in submissions if s.job_id not in queue]
-    accounts = _accounts(slurm, absent)
-    found = accounts | queue
-    return {
-        s.uuid: _translate(settings, s, found[s.job_id]) if _is(found.get(s.job_id), s) else _forgotten(settings, s)
-        for s in submissions
-    }
+    first = _Looked(slurm, submissions, {s.uuid: s.job_id for s in submissions})
+    seen = {s.uuid: _observation(settings, s, first) for s in submissions}
+    others = _claimed_by_others(settings, submissions, seen)
+    if others:
+        moved = [s for s in submissions if s.uuid in others]
+        second = _Looked(slurm, moved, others)
+        seen |= {s.uuid: replace(_observation(settings, s, second), job_id=others[s.uuid]) for s in moved}
+    return seen
 
 
-def _accounts(slurm: Slurm, submissions: list[Submission]) -> dict[str, QueueEntry]:
-    if not submissions:
-        return {}
-    since = min(s.created_at for s in submissions) - timedelta(minutes=1)
-    try:
-        return slurm.accounting([s.job_id for s in submissions], since)
-    except (SlurmRefused, SlurmUnreachable):
-        return {}  # no accounting here, or not now: the exit files say it too
+class _Looked:
+    """What Slurm says of the jobs that `job_ids` has for the submissions' uuids."""
+
+    def __init__(self, slurm: Slurm, submissions: list[Submission], job_ids: Mapping[str, str]) -> None:
+        self.job_ids = job_ids
+        self.queue = slurm.queue(job_ids.values())
+        absent = [s for s in submissions if not _is(self.queue.get(job_ids[s.uuid]), s)]
+        self.unanswered = False
+        self.arrays = {entry.name for entry in self.queue.values()}
+        self.accounts = self._accounts(slurm, absent)
+
+    def _accounts(self, slurm: Slurm, absent: list[Submission]) -> dict[str, QueueEntry]:
+        if not absent:
+            return {}
+        since = min(s.created_at for s in absent) - timedelta(minutes=1)
+        try:
+            return slurm.accounting([self.job_ids[s.uuid] for s in absent], since)
+        except SlurmRefused:
+            return {}  # no accounting here: the exit files say it too
+        except SlurmUnreachable:
+            self.unanswered = True
+            return {}
+
+    def entry(self, submission: Submission) -> QueueEntry | None:
+        for source in (self.queue, self.accounts):
+            entry = source.get(self.job_ids[submission.uuid])
+            if _is(entry, submission):
+                return entry
+        return None
+
+    def in_queue(self, submission: Submission) -> bool:
+        return _is(self.queue.get(self.job_ids[submission.uuid]), submission)
 
 
 def _is(entry: QueueEntry | None, submission: Submission) -> bool:
-    """Slurm uses its numbers again; the name is the submission's own."""
-    return entry is not None and entry.name == submission.uuid
+    """Slurm uses its numbers again; the name is the submission's own, or its array's."""
+    return entry is not None and entry.name == submission.name
 
 
-def _translate(settings: Settings, submission: Submission, entry: QueueEntry) -> Observation:
+def _claimed_by_others(
+    settings: Settings, submissions: list[Submission], seen: Mapping[str, Observation]
+) -> dict[str, str]:
+    """The ids of the jobs that run as these submissions, where Slurm took one twice and the other one came first."""
+    others = {}
+    for submission in submissions:
+        if seen[submission.uuid].fate is not Fate.ACTIVE:
+            owner = claimed(settings, submission)
+            if owner and owner != submission.job_id:
+                others[submission.uuid] = owner
+    return others
+
+
+def claimed(settings: Settings, submission: Submission) -> str | None:
+    """Slurm's id of the job whose script was the first to start as this submission; None before there is one."""
+    try:
+        job_id = folder_of(settings.root, submission).claim(submission.uuid).read_text().strip()
+    except FileNotFoundError:
+        return None
+    return task_id(job_id, submission.array_index) if job_id else None
+
+
+def _observation(settings: Settings, submission: Submission, looked: _Looked) -> Observation:
+    entry = looked.entry(submission)
+    if entry:
+        return _translate(settings, submission, entry, looked.in_queue(submission))
+    if submission.array_index is not None and submission.name in looked.arrays and not looked.unanswered:
+        cancelled = _cancelled_alone(settings, submission)
+        if cancelled:
+            return cancelled
+    return _forgotten(settings, submission, looked.unanswered)
+
+
+def _cancelled_alone(settings: Settings, submission: Submission) -> Observation | None:
+    """Slurm forgets a waiting task of an array that is cancelled at once, even while it knows the rest of the array.
+
+    The last ones to be cancelled leave a line with the array's bare id, which is not theirs either.
+    """
+    if exit_record(settings, submission) or claimed(settings, submission):
+        return None
+    return Observation(Fate.CANCELLED, "cancelled while it waited", state="CANCELLED")
+
+
+def _translate(settings: Settings, submission: Submission, entry: QueueEntry, queued: bool) -> Observation:
     """Slurm's word for it; how the script ended, the script itself knows better than squeue."""
-    what = fate(entry.state)
-    reason = "" if entry.reason in ("None", "NonZeroExitCode") else entry.reason
+    what, reason = explain(entry.job_id, entry.state, entry.reason, fate(entry.state))
     code = entry.exit_code.partition(":")[0]
-    seen = Observation(what, reason, entry.state, entry.nodes, entry.start, int(code) if code.isdigit() else None)
+    seen = Observation(
+        fate=what,
+        reason=reason,
+        state=entry.state,
+        nodes=entry.nodes,
+        estimated_start=entry.start if what in (Fate.WAITING, Fate.HELD) else None,
+        exit_code=int(code) if code.isdigit() else None,
+        restarts=entry.restarts,
+        queued=queued,
+    )
     own = exit_record(settings, submission) if what.ended else None
     return replace(seen, reason=reason or own.reason, exit_code=own.exit_code) if own else seen
 
 
-def _forgotten(settings: Settings, submission: Submission) -> Observation:
+def _forgotten(settings: Settings, submission: Submission, unanswered: bool) -> Observation:
     ended = exit_record(settings, submission)
     if ended:
         return ended
     age = (now() - submission.submitted_at).total_seconds()
-    if age < settings.site.slurm.grace:
+    if unanswered or age < settings.site.slurm.grace:
         return UNKNOWN
     return Observation(Fate.LOST, "neither squeue nor sacct knows it, and it left no exit record")
 
 
 def exit_record(settings: Settings, submission: Submission) -> Observation | None:
-    """What the script's own exit trap wrote, if it is of this submission."""
-    record = read_json(folder_of(settings.root, submission).exit)
+    """What the script's own exit trap wrote, if it is of this submission and of its newest attempt."""
+    paths = folder_of(settings.root, submission)
+    record = read_json(paths.exit)
     if not record or record["uuid"] != submission.uuid:
         return None
+    started = read_json(paths.started)
+    if started and started["uuid"] == submission.uuid and started["attempt"] > record["attempt"]:
+        return None  # the node died between the two, or the next attempt is about to remove it
     code = record["exit_code"]
     return Observation(Fate.COMPLETED if code == 0 else Fate.FAILED, f"exit code {code}", exit_code=code)

@@ -1,29 +1,43 @@
-"""Batch scripts: pure renders of a typed spec. https://slurm.schedmd.com/sbatch.html"""
+"""Batch scripts: pure renders of a typed spec, from the packaged templates or a site's own."""
 
 from __future__ import annotations
 
 import re
 import shlex
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import jinja2
 
 from tfslurm import __version__, sbatch_templates
-from tfslurm.errors import ConfigurationError
+from tfslurm.errors import ConfigurationError, TfslurmError
 from tfslurm.settings import Container, Instance, Settings
+from tfslurm.slurm.directives import RESERVED, directives, written
 
-Template = Literal["train", "import", "serve"]
+__all__ = ["RESERVED", "Array", "Script", "Template", "directives", "render"]
 
-RESERVED = frozenset(
-    "job-name comment output error open-mode export requeue no-requeue nodes ntasks ntasks-per-node cpus-per-task "
-    "mem time partition account qos reservation constraint gres gpus-per-node array chdir signal parsable wrap "
-    "wait dependency test-only clusters uid gid input".split()
-)
-"""Options that the platform sets itself, or that would break what it relies on."""
+Template = Literal["train", "import", "serve", "sync"]
 
-FORBIDDEN = re.compile(r"[\x00-\x1f\x7f\"'\\`$]")
+PACKAGED = Path(sbatch_templates.__file__).parent
+
+FOLDER = "sbatch_templates"
+"""Beside a site's site.yaml: the templates that it lays over the packaged ones."""
+
+
+@dataclass(frozen=True)
+class Array:
+    """What is particular to a script whose tasks are submissions of their own."""
+
+    size: int
+    cells: Path
+    max_parallel: int | None = None
+
+    @property
+    def indices(self) -> str:
+        """From 0, whatever comes before: MaxArraySize limits the index itself."""
+        return f"0-{self.size - 1}" + (f"%{self.max_parallel}" if self.max_parallel else "")
 
 
 @dataclass(frozen=True)
@@ -35,6 +49,7 @@ class Script:
     kind: str
     object_id: str
     folder: Path
+    """Of what runs; of an array, the array's own: each task finds its own in the cells."""
     instance: Instance
     python: str
     core_python: str
@@ -43,11 +58,19 @@ class Script:
     gpu_request: str = "gres"
     account: str | None = None
     qos: str | None = None
+    first_attempt: int = 0
+    exclude: tuple[str, ...] = ()
+    array: Array | None = None
+    requeue: bool = True
+    leave_seconds: int = 120
+    barren_attempts: int = 3
+    minutes: int = 5
+    """Between two runs of a sync that submits itself."""
 
     @classmethod
-    def of(cls, settings: Settings, template: Template, instance: Instance, folder: Path, **fields: str) -> Script:
+    def of(cls, settings: Settings, template: Template, instance: Instance, folder: Path, **fields: Any) -> Script:
         """The script of an object, with what the site's settings say."""
-        environment = {"train": "train", "serve": "serve", "import": "core"}[template]
+        environment = {"train": "train", "serve": "serve", "import": "core", "sync": "core"}[template]
         slurm = settings.site.slurm
         return cls(
             template=template,
@@ -60,6 +83,9 @@ class Script:
             gpu_request=instance.gpu_request or slurm.gpu_request,
             account=instance.account or slurm.account,
             qos=instance.qos or slurm.qos,
+            requeue=slurm.requeue,
+            leave_seconds=slurm.leave_seconds,
+            barren_attempts=slurm.barren_attempts,
             **fields,
         )
 
@@ -67,81 +93,53 @@ class Script:
 def render(script: Script) -> str:
     """The text of the script.
 
-    Raises ConfigurationError for a value that could not be written into it safely.
+    The site's own template of that name counts where there is one beside its site.yaml; it may extend
+    "packaged/train.sh.j2" and fill its blocks. Templates see the fields of Script and those below.
+    Raises ConfigurationError for a value that could not be written into it safely, and for an error in a
+    site's template, naming its file and line.
     """
     instance, container = script.instance, script.instance.container
     program = _program(script.python, container)
     pyxis = _pyxis(container)
-    return (
-        _environment()
-        .get_template(f"{script.template}.sh.j2")
-        .render(
-            script.__dict__,
-            version=__version__,
-            options=directives(script),
-            prologue=instance.prologue,
-            program=program,
-            head=f"srun --nodes=1 --ntasks=1 {pyxis}{program}" if pyxis else program,
-            srun_options=pyxis,
-            nodes=instance.nodes,
-            world_size=instance.processes,
-            threads=instance.cpus_per_process,
-            gpus=instance.gpus_per_node,
-        )
-    )
-
-
-def directives(script: Script) -> list[tuple[str, str | int | None]]:
-    """The #SBATCH lines, as (option, value); None for an option without one."""
-    i = script.instance
-    tasks = i.processes_per_node if script.template == "train" else 1
-    wanted = [
-        ("job-name", script.uuid),
-        ("comment", f"tfslurm:{script.kind}:{script.object_id}"),
-        ("output", str(script.folder / "logs" / "slurm.log").replace("%", "%%")),
-        ("open-mode", "append"),
-        ("export", "NONE"),
-        ("no-requeue", None),
-        ("nodes", i.nodes),
-        ("ntasks-per-node", tasks),
-        (
-            "cpus-per-task",
-            i.cpus_per_process if script.template == "train" else i.cpus_per_process * i.processes_per_node,
-        ),
-        ("mem", i.memory),
-        ("time", i.time),
-        ("partition", i.partition),
-        ("account", script.account),
-        ("qos", script.qos),
-        ("reservation", i.reservation),
-        ("constraint", i.constraint),
-        *_gpus(script),
-    ]
-    required = {"no-requeue"}
-    return [pair for pair in wanted if pair[1] is not None or pair[0] in required] + _extra(i)
-
-
-def _gpus(script: Script) -> list[tuple[str, str | int | None]]:
-    count, kind = script.instance.gpus_per_node, script.instance.gpu_type
-    if not count:
-        return []
-    typed = f"{kind}:{count}" if kind else str(count)
-    return [("gres", f"gpu:{typed}") if script.gpu_request == "gres" else ("gpus-per-node", typed)]
-
-
-def _extra(instance: Instance) -> list[tuple[str, str | int | None]]:
-    extra: list[tuple[str, str | int | None]] = []
-    for option, value in instance.options.items():
-        # sbatch takes any beginning of an option for the option.
-        reserved = any(name.startswith(option) for name in RESERVED)
-        if reserved or not re.fullmatch(r"[a-z][a-z0-9-]*", option):
-            raise ConfigurationError(
-                f"instance '{instance.name}': the sbatch option '{option}' is not one that options may set",
-                hint="tfslurm sets it itself: use the instance's own keys.",
+    own = script.config.with_name(FOLDER) if script.config else None
+    try:
+        return (
+            _environment(own)
+            .get_template(f"{script.template}.sh.j2")
+            .render(
+                script.__dict__,
+                version=__version__,
+                options=directives(script),
+                prologue=instance.prologue,
+                program=program,
+                head=f"srun --nodes=1 --ntasks=1 {pyxis}{program}" if pyxis else program,
+                srun_options=pyxis,
+                nodes=instance.nodes,
+                world_size=instance.processes,
+                threads=instance.cpus_per_process,
+                gpus=instance.gpus_per_node,
             )
-        if value is not False:
-            extra.append((option, None if value is True else value))
-    return extra
+        )
+    except TfslurmError:
+        raise
+    except Exception as error:
+        where = _line_of(error, own)
+        if where is None:
+            raise
+        raise ConfigurationError(f"{where}: {error}", hint="It is a template of the site's own.") from None
+
+
+def _line_of(error: Exception, own: Path | None) -> str | None:
+    """File and line of the site's template where the error is; None where it is in none of them."""
+    if own is None:
+        return None
+    if isinstance(error, jinja2.TemplateSyntaxError) and error.filename:
+        places = [(error.filename, error.lineno)]
+    else:
+        # jinja2 puts the templates' own lines into the traceback.
+        places = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
+    inside = [f"{name}, line {line}" for name, line in places if Path(name).is_relative_to(own)]
+    return inside[-1] if inside else None
 
 
 def _program(python: str, container: Container | None) -> str:
@@ -156,16 +154,6 @@ def _pyxis(container: Container | None) -> str:
     return shlex.join([f"--container-image={container.image}", *container.options]) + " "
 
 
-def _directive(value: object) -> str:
-    text = str(value)
-    if FORBIDDEN.search(text):
-        raise ConfigurationError(
-            f"{text!r} cannot stand in an #SBATCH line", hint="Use no quotes, $ or control characters."
-        )
-    # Outside of quotes sbatch ends an argument at a blank, and the line at a #.
-    return f'"{text}"' if re.search("[ #]", text) else text
-
-
 def _variable(name: str) -> str:
     if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
         raise ConfigurationError(f"{name!r} is not a name for an environment variable")
@@ -178,14 +166,16 @@ def _quote(value: object) -> str:
     return shlex.quote(str(value))
 
 
-def _environment() -> jinja2.Environment:
+def _environment(own: Path | None = None) -> jinja2.Environment:
+    packaged = jinja2.FileSystemLoader(PACKAGED)
+    loaders = [jinja2.PrefixLoader({"packaged": packaged}), packaged]
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(sbatch_templates.__file__).parent),
+        loader=jinja2.ChoiceLoader([*([jinja2.FileSystemLoader(own)] if own else []), *loaders]),
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
         autoescape=False,
     )
-    environment.filters.update(quote=_quote, directive=_directive, variable=_variable)
+    environment.filters.update(quote=_quote, directive=written, variable=_variable)
     return environment

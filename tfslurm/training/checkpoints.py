@@ -25,9 +25,9 @@ def delete(checkpoint: Checkpoint) -> Checkpoint:
     return checkpoint
 
 
-def restore(checkpoint: Checkpoint) -> Checkpoint:
-    """Take a deletion back; raises what `datasets.registry.restore` raises."""
+def restore(checkpoint: Checkpoint, name: str | None = None) -> Checkpoint:
+    """Take a deletion back, as `name` if given; raises what `datasets.registry.restore` raises."""
     with write_transaction():
         checkpoint = queries.find_checkpoint(checkpoint.artifact_id, deleted=True)
-        bring_back(checkpoint.artifact)
+        bring_back(checkpoint.artifact, name)
     return checkpoint

@@ -13,17 +13,30 @@
 set -uo pipefail
 umask 022
 
+uuid=6b7c2f1e-0000-4000-8000-000000000001
 folder=/factory/jobs/job-0000000000000001
-attempt="${SLURM_RESTART_COUNT:-0}"
+job="${SLURM_ARRAY_JOB_ID:-${SLURM_JOB_ID:-}}"
+attempt=$((0 + ${SLURM_RESTART_COUNT:-0}))
 node="${SLURMD_NODENAME:-$(uname -n)}"
+
+now() { date -u +%Y-%m-%dT%H:%M:%SZ; }
+
+# Slurm may have taken this script twice: of the jobs of one submission, the first to come here runs.
+if [[ -n $job ]]; then
+  claim=$folder/claim-$uuid
+  printf '%s\n' "$job" >"$claim.$job" && ln "$claim.$job" "$claim" 2>/dev/null # with its content, or not at all
+  rm -f "$claim.$job"
+  owner=$(cat "$claim" 2>/dev/null)
+  [[ -n $owner ]] || { echo "$(now) job $job cannot write $claim" && exit 1; }
+  [[ $owner == "$job" ]] || { echo "$(now) job $job leaves: $uuid runs as job $owner" && exit 0; }
+fi
+
 mkdir -p "$folder/logs"
 exec >>"$folder/logs/attempt-$attempt.log" 2>&1 </dev/null
 
 report() { # report FILE JSON: written whole or not at all
   printf '%s\n' "$2" >"$folder/.$1.$$" && mv -f "$folder/.$1.$$" "$folder/$1"
 }
-
-now() { date -u +%Y-%m-%dT%H:%M:%SZ; }
 
 address_of() { # Slurm's own address of a node: its name need not resolve
   local address
@@ -55,8 +68,8 @@ attend() { # run a command in the background: bash would keep a signal waiting u
 finish() {
   local code=$?
   trap - EXIT
-  trap : TERM INT
-  report exit.json "{\"uuid\": \"6b7c2f1e-0000-4000-8000-000000000001\", \"attempt\": $attempt, \"exit_code\": $code, \"at\": \"$(now)\"}"
+  trap : TERM INT USR2
+  report exit.json "{\"uuid\": \"$uuid\", \"attempt\": $attempt, \"exit_code\": $code, \"at\": \"$(now)\"}"
   # What happened is folded into the catalog at once where the node can reach it; else by the next sync.
   /env/core/bin/python -m tfslurm sync --quiet || true
   exit "$code"
@@ -64,14 +77,14 @@ finish() {
 trap finish EXIT
 
 rm -f "$folder/exit.json" "$folder/outcome.json"
-if [[ -n ${SLURM_JOB_ID:-} ]]; then address=$(address_of "$node"); else address=127.0.0.1; fi
-report started.json "{\"uuid\": \"6b7c2f1e-0000-4000-8000-000000000001\", \"slurm_job_id\": \"${SLURM_ARRAY_JOB_ID:-${SLURM_JOB_ID:-}}\", \"attempt\": $attempt, \"node\": \"$node\", \"address\": \"$address\", \"pid\": $$, \"ticks\": $(cut -d ' ' -f 22 /proc/$$/stat), \"at\": \"$(now)\"}"
+if [[ -n $job ]]; then address=$(address_of "$node"); else address=127.0.0.1; fi
+report started.json "{\"uuid\": \"$uuid\", \"slurm_job_id\": \"$job\", \"attempt\": $attempt, \"node\": \"$node\", \"address\": \"$address\", \"pid\": $$, \"ticks\": $(cut -d ' ' -f 22 /proc/$$/stat), \"at\": \"$(now)\"}"
 echo "$(now) attempt $attempt on $node"
 
-export TFSLURM_ROOT=/factory
 export TFSLURM_NODE_ADDRESS="$address" TFSLURM_ATTEMPT="$attempt"
 # sbatch --export=NONE also empties the environment of srun's tasks, unless it is told otherwise.
 export SLURM_EXPORT_ENV=ALL
+export TFSLURM_ROOT=/factory
 set +u # modules and conda read variables that nobody set
 set -u
 

@@ -4,26 +4,40 @@
 #SBATCH --output=/factory/jobs/job-0000000000000001/logs/slurm.log
 #SBATCH --open-mode=append
 #SBATCH --export=NONE
-#SBATCH --no-requeue
+#SBATCH --requeue
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1
 #SBATCH --cpus-per-task=1
 #SBATCH --time=1-00:00:00
+#SBATCH --signal=B:USR2@120
 # job job-0000000000000001, rendered by tfslurm VERSION. Slurm runs this script, and so does the local launcher.
 set -uo pipefail
 umask 022
 
+uuid=6b7c2f1e-0000-4000-8000-000000000001
 folder=/factory/jobs/job-0000000000000001
-attempt="${SLURM_RESTART_COUNT:-0}"
+job="${SLURM_ARRAY_JOB_ID:-${SLURM_JOB_ID:-}}"
+attempt=$((0 + ${SLURM_RESTART_COUNT:-0}))
 node="${SLURMD_NODENAME:-$(uname -n)}"
+
+now() { date -u +%Y-%m-%dT%H:%M:%SZ; }
+
+# Slurm may have taken this script twice: of the jobs of one submission, the first to come here runs.
+if [[ -n $job ]]; then
+  claim=$folder/claim-$uuid
+  printf '%s\n' "$job" >"$claim.$job" && ln "$claim.$job" "$claim" 2>/dev/null # with its content, or not at all
+  rm -f "$claim.$job"
+  owner=$(cat "$claim" 2>/dev/null)
+  [[ -n $owner ]] || { echo "$(now) job $job cannot write $claim" && exit 1; }
+  [[ $owner == "$job" ]] || { echo "$(now) job $job leaves: $uuid runs as job $owner" && exit 0; }
+fi
+
 mkdir -p "$folder/logs"
 exec >>"$folder/logs/attempt-$attempt.log" 2>&1 </dev/null
 
 report() { # report FILE JSON: written whole or not at all
   printf '%s\n' "$2" >"$folder/.$1.$$" && mv -f "$folder/.$1.$$" "$folder/$1"
 }
-
-now() { date -u +%Y-%m-%dT%H:%M:%SZ; }
 
 address_of() { # Slurm's own address of a node: its name need not resolve
   local address
@@ -35,7 +49,11 @@ child='' signalled=''
 relay() { # to what runs; where nothing does, this script ends. Background processes of bash ignore SIGINT
   [[ -n $child ]] || exit 143
   signalled=1
-  kill -s TERM "$child" 2>/dev/null
+  if [[ -n $job && -n ${training:-} && ! -e $folder/stop ]]; then
+    : >"$folder/leave" # Slurm has told the ranks itself; srun would kill them before they have saved their state
+  else
+    kill -s TERM "$child" 2>/dev/null
+  fi
 }
 trap relay TERM INT
 
@@ -52,26 +70,50 @@ attend() { # run a command in the background: bash would keep a signal waiting u
   return "$code"
 }
 
+leave() { # the walltime is near: the trainer saves its state at the next step boundary
+  signalled=1
+  echo "$(now) asked to leave"
+  : >"$folder/leave"
+}
+trap leave USR2
+
+requeue() { # Slurm starts this script again under the same id; what was cancelled, or is to stop, must not come back
+  local self="${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}"
+  self=${self:-$job}
+  [[ -n $job && ! -e $folder/stop && $(squeue --noheader --format=%T --jobs="$self") == RUNNING ]] || return
+  echo "$(now) to be started again"
+  scontrol requeue "$self"
+}
+
 finish() {
   local code=$?
   trap - EXIT
-  trap : TERM INT
-  report exit.json "{\"uuid\": \"6b7c2f1e-0000-4000-8000-000000000001\", \"attempt\": $attempt, \"exit_code\": $code, \"at\": \"$(now)\"}"
+  trap : TERM INT USR2
+  report exit.json "{\"uuid\": \"$uuid\", \"attempt\": $attempt, \"exit_code\": $code, \"at\": \"$(now)\"}"
+  # 75: its state is saved, and it made steps. Where this fails, sync submits it again.
+  if [[ $code -eq 75 ]] && requeue; then exit "$code"; fi
   # What happened is folded into the catalog at once where the node can reach it; else by the next sync.
   /env/core/bin/python -m tfslurm sync --quiet || true
   exit "$code"
 }
 trap finish EXIT
 
-rm -f "$folder/exit.json" "$folder/outcome.json"
-if [[ -n ${SLURM_JOB_ID:-} ]]; then address=$(address_of "$node"); else address=127.0.0.1; fi
-report started.json "{\"uuid\": \"6b7c2f1e-0000-4000-8000-000000000001\", \"slurm_job_id\": \"${SLURM_ARRAY_JOB_ID:-${SLURM_JOB_ID:-}}\", \"attempt\": $attempt, \"node\": \"$node\", \"address\": \"$address\", \"pid\": $$, \"ticks\": $(cut -d ' ' -f 22 /proc/$$/stat), \"at\": \"$(now)\"}"
+finished=''
+[[ ! -e $folder/outcome.json ]] || ! grep -Eq '"result": ?"succeeded"' "$folder/outcome.json" || finished=1
+rm -f "$folder/exit.json" "$folder/leave"
+[[ -n $finished ]] || rm -f "$folder/outcome.json"
+if [[ -n $job ]]; then address=$(address_of "$node"); else address=127.0.0.1; fi
+report started.json "{\"uuid\": \"$uuid\", \"slurm_job_id\": \"$job\", \"attempt\": $attempt, \"node\": \"$node\", \"address\": \"$address\", \"pid\": $$, \"ticks\": $(cut -d ' ' -f 22 /proc/$$/stat), \"at\": \"$(now)\"}"
 echo "$(now) attempt $attempt on $node"
+if [[ -n $finished ]]; then
+  echo "an earlier attempt has succeeded: nothing is left to do"
+  exit 0
+fi
 
-export TFSLURM_ROOT=/factory
 export TFSLURM_NODE_ADDRESS="$address" TFSLURM_ATTEMPT="$attempt"
 # sbatch --export=NONE also empties the environment of srun's tasks, unless it is told otherwise.
 export SLURM_EXPORT_ENV=ALL
+export TFSLURM_ROOT=/factory
 set +u # modules and conda read variables that nobody set
 # shellcheck disable=SC1091
 type -t module >/dev/null || source /etc/profile # a batch script's shell is no login shell
@@ -88,6 +130,7 @@ set -u
 
 export HF_HUB_OFFLINE=1 HDF5_USE_FILE_LOCKING=FALSE
 export OMP_NUM_THREADS=1
+export TFSLURM_WORLD_SIZE=1 TFSLURM_BARREN_ATTEMPTS=3
 export DS_ACCELERATOR=cpu CUDA_VISIBLE_DEVICES=
 # glibc keeps large buffers instead of giving them back at every step: a quarter faster on CPUs.
 export MALLOC_MMAP_THRESHOLD_=17179869184 MALLOC_TRIM_THRESHOLD_=17179869184 MALLOC_TOP_PAD_=268435456
@@ -95,17 +138,25 @@ export MALLOC_MMAP_THRESHOLD_=17179869184 MALLOC_TRIM_THRESHOLD_=17179869184 MAL
 # Tokens and plan come first and from one process: ranks that wait for it would run into NCCL's timeout.
 attend /env/train/bin/python -m tfslurm.training.prepare "$folder" || exit
 
+choose_port() { # choose_port NUMBER: below those that the kernel hands out, and where nothing listens
+  MASTER_PORT=$((20000 + $1 % 12000))
+  while (exec 3<>"/dev/tcp/$MASTER_ADDR/$MASTER_PORT") 2>/dev/null; do
+    MASTER_PORT=$((20000 + (MASTER_PORT - 19999) % 12000))
+  done
+  export MASTER_ADDR MASTER_PORT
+}
+
 ranks() { # one trainer process a rank: srun's tasks on Slurm, children of this shell without it
-  if [[ -n ${SLURM_JOB_ID:-} ]]; then
-    local first
-    first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-    MASTER_ADDR=$(address_of "$first")
-    MASTER_PORT=$((20000 + (SLURM_JOB_ID * 7 + attempt) % 20000))
-    export MASTER_ADDR MASTER_PORT
+  if [[ -n $job ]]; then
+    MASTER_ADDR=$(address_of "$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)")
+    # An array's tasks have ids of their own too: no two jobs on a node begin at the same port.
+    choose_port "$((SLURM_JOB_ID * 7 + attempt))"
     exec srun --kill-on-bad-exit=1 --wait=0 --nodes=1 --ntasks=1 --cpus-per-task=1 \
       /env/train/bin/python -m tfslurm.training.trainer "$folder"
   fi
-  export MASTER_ADDR=127.0.0.1 MASTER_PORT=$((20000 + $$ % 20000)) WORLD_SIZE=1
+  MASTER_ADDR=127.0.0.1
+  choose_port "$$"
+  export WORLD_SIZE=1
   local rank code stopping='' pids=()
   trap 'stopping=1; kill -s TERM "${pids[@]}" 2>/dev/null' TERM
   for ((rank = 0; rank < WORLD_SIZE; rank++)); do
@@ -127,4 +178,5 @@ ranks() { # one trainer process a rank: srun's tasks on Slurm, children of this 
     wait "$!" # a foreground sleep would keep a signal waiting
   done
 }
+training=1
 attend ranks
