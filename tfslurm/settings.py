@@ -47,7 +47,7 @@ class SlurmSite(Strict):
     command_timeout: float = 30.0
     poll_floor: float = 10.0
     grace: float = 120.0
-    listing_timeout: Positive = 1.5
+    listing_timeout: Positive = 1.0
     gpu_request: Literal["gres", "gpus-per-node"] = "gres"
     account: str | None = None
     qos: str | None = None

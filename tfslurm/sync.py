@@ -28,7 +28,7 @@ from tfslurm.training import following as training
 LEASE = 600.0
 """Seconds after which another process may take over from one that was killed."""
 
-ACCOUNTED = 3600.0
+ACCOUNTED = 600.0
 """Seconds after an end until which accounting is asked what was used."""
 
 Follow = Callable[[Settings, Table, Submission, Observation], bool]

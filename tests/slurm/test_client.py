@@ -206,14 +206,15 @@ ROWS = """
 7.batch|CANCELLED|1767323045|1767323045|1767326645|3600|cpu=8|1024K|n1
 7|COMPLETED|1767326645|1767326655|1767328455|1800|cpu=8,gres/gpu:h100=2,mem=64G,node=1||n2
 7.0|COMPLETED|1767326655|1767326655|1767328455|1800|cpu=8|1.5G|n2
-8_1|PENDING|1767326645|Unknown|Unknown|0|||None assigned
+8_1|CANCELLED|1767326645|Unknown|1767326700|0|||None assigned
+8_2|RUNNING|1767326645|1767326655|Unknown|9|cpu=8||n2
 9|COMPLETED|1767326645|1767326655|1767328455|1800|cpu=8||n2
 """
 
 
 def test_what_a_job_used_is_summed_over_all_its_runs(command, slurm, accounts):
     command("sacct", f"cat <<'END'{ROWS}END")
-    used = usage(slurm, ["7", "8_1", "999"], SINCE)
+    used = usage(slurm, ["7", "8_1", "8_2", "999"], SINCE)
     assert used == {
         "7": Usage(
             gpu_hours=3.0, cpu_hours=12.0, queue_wait_seconds=55.0, elapsed_seconds=5400,

@@ -157,7 +157,7 @@ def test_only_the_reservations_jobs_run_on_the_reserved_node(cluster):
 @needs_slurm
 def test_limits_are_enforced(cluster):
     jobs = [cluster.sbatch("true", "--hold", "--qos=limited") for _ in range(2)]
-    third = cluster.run("sbatch", "--qos=limited", "--wrap", "true", check=False)
+    third = cluster.run("sbatch", "--qos=limited", "--output=/dev/null", "--wrap", "true", check=False)
     assert third.returncode != 0
     assert "QOSMaxSubmitJobPerUserLimit" in third.stderr
     cluster.run("scancel", *jobs)

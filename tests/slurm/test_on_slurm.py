@@ -183,7 +183,9 @@ def test_a_preempted_job_saves_its_state_and_comes_back(site, eventually):
     eventually((paths.folder / "running").exists)
     name = f"--job-name={row.name}-urgent"
     site.names.append(f"{row.name}-urgent")
-    site.slurm.run("sbatch", name, "--partition=urgent", "--nodelist=n3", "--exclusive", "--wrap", "sleep 1")
+    site.slurm.run(
+        "sbatch", name, "--partition=urgent", "--nodelist=n3", "--exclusive", "--output=/dev/null", "--wrap", "sleep 1"
+    )
     seen = eventually(lambda: site.see(row).fate is Fate.WAITING and site.see(row))
     assert (seen.restarts, seen.ended) == (1, False)
     assert (read_json(paths.exit)["attempt"], read_json(paths.exit)["exit_code"]) == (0, 75)
@@ -280,7 +282,9 @@ def test_a_waiting_job_tells_what_it_waits_for(site, eventually):
     seen = eventually(lambda: site.see(row).reason and site.see(row))
     assert (seen.fate, seen.state) == (Fate.WAITING, "PENDING")
     held, _ = site.prepare(site.configure("exit 0"))
-    held.job_id = site.slurm.run("sbatch", "--parsable", "--hold", f"--job-name={held.name}", "--wrap", "true").strip()
+    held.job_id = site.slurm.run(
+        "sbatch", "--parsable", "--hold", f"--job-name={held.name}", "--output=/dev/null", "--wrap", "true"
+    ).strip()
     held.state, held.submitted_at = "submitted", now()
     seen = site.see(held)
     assert (seen.fate, seen.reason.partition(":")[0]) == (Fate.HELD, "JobHeldUser")
@@ -294,8 +298,17 @@ def test_a_waiting_job_tells_what_it_waits_for(site, eventually):
 
 def test_what_depends_on_a_failure_is_told_to_wait_for_ever(site, eventually):
     row, _ = site.prepare(site.configure("exit 0"))
-    first = site.slurm.run("sbatch", "--parsable", f"--job-name={row.name}", "--wrap", "exit 1").strip()
-    options = ["--parsable", f"--job-name={row.name}", f"--dependency=afterok:{first}", "--wrap", "true"]
+    first = site.slurm.run(
+        "sbatch", "--parsable", f"--job-name={row.name}", "--output=/dev/null", "--wrap", "exit 1"
+    ).strip()
+    options = [
+        "--parsable",
+        f"--job-name={row.name}",
+        f"--dependency=afterok:{first}",
+        "--output=/dev/null",
+        "--wrap",
+        "true",
+    ]
     row.job_id = site.slurm.run("sbatch", *options).strip()
     row.state, row.submitted_at = "submitted", now()
     seen = eventually(lambda: site.see(row).fate is Fate.HELD and site.see(row))
@@ -352,7 +365,10 @@ def test_an_array_beyond_the_controllers_limit_is_refused_before_it_is_queued(si
 def test_a_qos_that_is_full_is_told_before_anything_is_queued(site):
     _, paths = site.prepare(site.configure("exit 0", qos="limited"))
     held = [
-        site.slurm.run("sbatch", "--parsable", "--hold", "--qos=limited", "--wrap", "true").strip() for _ in range(2)
+        site.slurm.run(
+            "sbatch", "--parsable", "--hold", "--qos=limited", "--output=/dev/null", "--wrap", "true"
+        ).strip()
+        for _ in range(2)
     ]
     try:
         with pytest.raises(SlurmRefused, match="QOSMaxSubmitJobPerUserLimit"):

@@ -167,7 +167,8 @@ def test_killing_one_rank_ends_the_others_with_exit_code_137(run, until):
 
 
 def test_a_rank_that_fails_ends_the_others_with_its_code(run, until):
-    process, paths = run(RANKS + "[[ $RANK == 1 ]] && exit 4\nexec sleep 60", template="train")
+    body = RANKS + 'if [[ $RANK == 1 ]]; then while [[ ! -s $3/rank-0 ]]; do sleep 0.05; done; exit 4; fi\nexec sleep 60'
+    process, paths = run(body, template="train")
     assert process.wait(20) == 4
     until(lambda: gone(ranks(paths, until)[0]))
 

@@ -12,6 +12,7 @@ from tfslurm.slurm.client import QueueEntry, SlurmRefused, SlurmUnreachable
 from tfslurm.training.outcome import Failed
 
 LONG_AGO = timedelta(hours=1)
+BARREN = "attempts in a row that came to nothing: 1"
 
 
 class FakeSlurm:
@@ -98,13 +99,13 @@ def test_a_waiting_job_shows_slurms_reason(installation, on_slurm, slurm):
     [
         ("OUT_OF_MEMORY", {}, "error", "out of memory (OUT_OF_MEMORY): exit code 0"),
         ("TIMEOUT", {}, "error", "no progress within the time limit: give it"),
-        ("NODE_FAIL", {"reason": "NodeDown"}, "error", "lost its node (NODE_FAIL): NodeDown; attempts in a row that came to nothing: 1"),
+        ("NODE_FAIL", {"reason": "NodeDown"}, "error", f"lost its node (NODE_FAIL): NodeDown; {BARREN}"),
         ("FAILED", {"exit_code": "2:0"}, "error", "failed: exit code 2"),
         ("FAILED", {"exit_code": "137:0"}, "error", "exit code 137: a process was killed"),
         ("COMPLETED", {}, "error", "the script ended without saying how the training went"),
         ("CANCELLED by 1000", {}, "stopped", None),
         ("RUNNING", {}, "running", None),
-        ("PREEMPTED", {}, "error", "preempted: exit code 0; attempts in a row that came to nothing: 1"),
+        ("PREEMPTED", {}, "error", f"preempted: exit code 0; {BARREN}"),
     ],
 )
 def test_what_accounting_says_of_a_job_becomes_its_status(installation, on_slurm, slurm, state, fields, status, error):

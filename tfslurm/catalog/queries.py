@@ -176,11 +176,11 @@ def launchers_alive() -> set[str]:
     return {launcher for (launcher,) in alive.tuples()}
 
 
-def unaccounted() -> list[Submission]:
+def unaccounted(limit: int = 1000) -> list[Submission]:
     """What has run on Slurm, has ended, and has not been looked up in accounting yet; the oldest first."""
     ended = (Submission.state == SubmissionState.ENDED) & (Submission.launcher == "slurm")
     unknown = Submission.usage.is_null() & Submission.job_id.is_null(False)
-    return list(Submission.select().where(ended, unknown).order_by(Submission.ended_at))
+    return list(Submission.select().where(ended, unknown).order_by(Submission.ended_at).limit(limit))
 
 
 def objects_of(submissions: Iterable[Submission]) -> dict[str, Table]:

@@ -34,7 +34,8 @@ class Usage:
 def usage(slurm: Slurm, job_ids: Iterable[str], since: datetime) -> dict[str, Usage]:
     """What each job has used since it was submitted, by its id; one sacct for all, which `since` makes quick.
 
-    A job that accounting does not know is missing, and on a cluster without accounting all are.
+    A job that accounting does not know, or that it has not seen the end of, is missing; on a cluster without
+    accounting all are.
     Raises SlurmUnreachable and SlurmRefused.
     """
     wanted = set(job_ids)
@@ -42,7 +43,12 @@ def usage(slurm: Slurm, job_ids: Iterable[str], since: datetime) -> dict[str, Us
     for run in slurm.runs(wanted, since):
         if run.job_id in wanted:
             runs.setdefault(run.job_id, []).append(run)
-    return {job_id: _sum(of) for job_id, of in runs.items() if any(not run.step for run in of)}
+    return {job_id: _sum(of) for job_id, of in runs.items() if _over(of)}
+
+
+def _over(runs: list[Run]) -> bool:
+    whole = [run for run in runs if not run.step]
+    return bool(whole) and all(run.end for run in whole)
 
 
 def _sum(runs: list[Run]) -> Usage:
