@@ -5,6 +5,7 @@ import shlex
 import signal
 import socket
 import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -167,7 +168,9 @@ def test_killing_one_rank_ends_the_others_with_exit_code_137(run, until):
 
 
 def test_a_rank_that_fails_ends_the_others_with_its_code(run, until):
-    body = RANKS + 'if [[ $RANK == 1 ]]; then while [[ ! -s $3/rank-0 ]]; do sleep 0.05; done; exit 4; fi\nexec sleep 60'
+    body = (
+        RANKS + "if [[ $RANK == 1 ]]; then while [[ ! -s $3/rank-0 ]]; do sleep 0.05; done; exit 4; fi\nexec sleep 60"
+    )
     process, paths = run(body, template="train")
     assert process.wait(20) == 4
     until(lambda: gone(ranks(paths, until)[0]))
@@ -230,6 +233,29 @@ def test_a_prologue_that_fails_ends_the_run_before_the_program(run):
         process, paths = run("echo started", instance=instance)
         assert process.wait(20) != 0
         assert "started" not in paths.log(0).read_text()
+
+
+@pytest.mark.skipif(
+    not Path("/etc/profile.d/modules.sh").exists(),
+    reason="environment modules are not installed (apt-get install environment-modules)",
+)
+def test_real_modules_a_real_virtualenv_and_the_variables_are_there_for_the_program(run, tmp_path):
+    (tmp_path / "modules").mkdir()
+    (tmp_path / "modules" / "cuda").write_text("#%Module\nsetenv CUDA_HOME /opt/some/cuda\n")
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "a venv"], check=True)
+    prologue = Prologue(
+        modules=["cuda"],
+        virtualenv=str(tmp_path / "a venv"),
+        environment={"MOTTO": "it's $HOME"},
+        commands=["export LATE=$CUDA_HOME/bin"],
+    )
+    instance = Instance(name="local", launcher="local", prologue=prologue)
+    body = 'echo "$CUDA_HOME|$VIRTUAL_ENV|$MOTTO|$LATE|$(command -v python)"'
+    process, paths = run(body, instance=instance, environment={"MODULEPATH": str(tmp_path / "modules")})
+    assert process.wait(20) == 0, paths.log(0).read_text()
+    venv = tmp_path / "a venv"
+    expected = f"/opt/some/cuda|{venv}|it's $HOME|/opt/some/cuda/bin|{venv}/bin/python"
+    assert expected in paths.log(0).read_text()
 
 
 SLURM = {"SLURM_JOB_ID": "42", "SLURM_JOB_NODELIST": "n1", "SLURMD_NODENAME": "n1"}
