@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import multiprocessing
 import os
 import socket
-import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,15 +20,30 @@ from tfslurm.artifacts.references import BaseModelRef, DatasetRef
 from tfslurm.files import write_json
 from tfslurm.paths import JobPaths
 from tfslurm.settings import Trainer
-from tfslurm.training.config import Hyperparameters, Processes, TrainingConfig
+from tfslurm.training.config import Hyperparameters, Processes, Trackers, TrainingConfig
 from tfslurm.training.deepspeed_config import deepspeed_config
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
+import forked_trainer  # noqa: E402
+
+IMPORTED = ["torch", "transformers.models.llama.modeling_llama", "peft", "deepspeed", "h5py"]
 MISSING = [
     name for name in ("torch", "transformers", "peft", "deepspeed", "h5py") if importlib.util.find_spec(name) is None
 ]
-LIGHT = ("test_deepspeed_config.py", "test_schedule.py", "test_packing.py", "test_outcome.py", "test_ranks.py")
+LIGHT = (
+    "test_deepspeed_config.py",
+    "test_hardware.py",
+    "test_schedule.py",
+    "test_packing.py",
+    "test_export.py",
+    "test_memory.py",
+    "test_outcome.py",
+    "test_programs.py",
+    "test_progress.py",
+    "test_ranks.py",
+    "test_requests.py",
+)
 """What needs no torch runs in every environment."""
 
 
@@ -51,7 +67,8 @@ def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> 
 def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
     """No test may ask the hub; and a rank that one test exported is not the next one's."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "SLURM_PROCID"):
+    ranks = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "SLURM_PROCID")
+    for name in (*ranks, "TFSLURM_ATTEMPT", "TFSLURM_WORLD_SIZE", "TFSLURM_BARREN_ATTEMPTS"):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -82,6 +99,52 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+class Process:
+    """A trainer, forked from a process that has imported torch and DeepSpeed, which else takes each one seconds.
+
+    Its methods are those of subprocess.Popen.
+    """
+
+    imported = multiprocessing.get_context("forkserver")
+
+    def __init__(self, paths: JobPaths, environment: dict[str, str]) -> None:
+        descriptor, name = tempfile.mkstemp()
+        os.close(descriptor)
+        self._output = Path(name)
+        self.imported.set_forkserver_preload(IMPORTED)
+        target = self.imported.Process(
+            target=forked_trainer.run, args=(str(paths.folder), environment, name), daemon=True
+        )
+        # What the server is started with, it has imported with.
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setenv("DS_ACCELERATOR", "cpu")
+            patched.setenv("HF_HUB_OFFLINE", "1")
+            target.start()
+        self._process = target
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    returncode = property(poll)
+
+    def wait(self, timeout: float | None = None) -> int:
+        self._process.join(timeout)
+        assert self.returncode is not None, f"it still runs after {timeout} s: {self._output.read_text()}"
+        return self.returncode
+
+    def communicate(self, timeout: float | None = None) -> tuple[str, None]:
+        self.wait(timeout)
+        text = self._output.read_text()
+        self._output.unlink()
+        return text, None
+
+    def kill(self) -> None:
+        self._process.kill()
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self._process.pid, number)
+
+
 @dataclass(frozen=True)
 class Job:
     """A job's folder, and the means to run its two programs as the batch script does."""
@@ -101,24 +164,32 @@ class Job:
 
         return main([str(self.paths.folder)])
 
-    def start(self, rank: int, world_size: int, port: int) -> subprocess.Popen:
+    @staticmethod
+    def free_port() -> int:
+        with socket.socket() as listener:
+            listener.bind(("127.0.0.1", 0))
+            return listener.getsockname()[1]
+
+    def start(self, rank: int, world_size: int, port: int, **more: str) -> Process:
+        """A process of the trainer; it has the imports done already, and is else as the batch script starts it."""
         variables = {"RANK": rank, "WORLD_SIZE": world_size, "LOCAL_RANK": rank, "MASTER_PORT": port}
         environment = os.environ | {name: str(value) for name, value in variables.items()}
-        return subprocess.Popen(
-            [sys.executable, "-m", "tfslurm.training.trainer", str(self.paths.folder)],
-            env=environment | {"MASTER_ADDR": "127.0.0.1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
+        return Process(self.paths, environment | {"MASTER_ADDR": "127.0.0.1"} | more)
 
     def train(self, world_size: int) -> str:
-        """Train as `world_size` processes of their own; returns the first one's log."""
-        port = free_port()
+        """Train as `world_size` processes of their own to a good end; returns the first one's log."""
+        code, log = self.run(world_size)
+        assert code == 0, log
+        return log
+
+    def run(self, world_size: int) -> tuple[int, str]:
+        """Train as `world_size` processes of their own: the first one's exit code and log; the others must end well."""
+        port = self.free_port()
         processes = [self.start(rank, world_size, port) for rank in range(world_size)]
         logs = [process.communicate(timeout=240)[0] for process in processes]
-        assert [process.returncode for process in processes] == [0] * world_size, "\n\n".join(logs)
-        return logs[0]
+        others = "\n\n".join(path.read_text() for path in self.paths.logs.glob("*.rank-*.log"))
+        assert not any(process.returncode for process in processes[1:]), logs[0] + others
+        return processes[0].returncode, logs[0]
 
     @property
     def losses(self) -> list[float]:
@@ -127,12 +198,6 @@ class Job:
     @property
     def metrics(self) -> list[dict]:
         return [msgspec.json.decode(line) for line in self.paths.metrics.read_bytes().splitlines()]
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 CONVERSATIONS = [
@@ -155,14 +220,17 @@ def make_job(tmp_path: Path, tiny: Path) -> Callable[..., Job]:
         name="job",
         *,
         rows=CONVERSATIONS,
+        validation_rows=None,
         format="conversational",
         field_map=None,
         model=tiny,
         world=1,
         seed=0,
+        trackers=(),
         **options,
     ) -> Job:
         dataset = seal(tmp_path / f"{name}-dataset", rows)
+        validation = validation_rows and seal(tmp_path / f"{name}-validation", validation_rows)
         hyper = dict(
             learning_rate=1e-2, epochs=1, effective_batch_size=7, max_seq_length=200, lora_rank=4, lora_alpha=8
         )
@@ -172,18 +240,13 @@ def make_job(tmp_path: Path, tiny: Path) -> Callable[..., Job]:
             job_id=name,
             name=name,
             base_model=BaseModelRef(name=model.name, revision="main", digest="sha256:0", path=str(model)),
-            dataset=DatasetRef(
-                id="d",
-                name="data",
-                format=format,
-                digest=dataset.digest,
-                path=str(dataset.folder),
-                field_map=field_map or {},
-            ),
+            dataset=refer("d", dataset, format, field_map or {}),
+            validation_dataset=validation and refer("v", validation, format, field_map or {}),
             hyperparameters=Hyperparameters(**hyper),
             seed=seed,
             processes=Processes(per_node=world),
             trainer=Trainer(**trainer),
+            trackers=Trackers(use=trackers),
             tokens=str(tokens),
         )
         paths = JobPaths(tmp_path / name)
@@ -199,6 +262,11 @@ def make_job(tmp_path: Path, tiny: Path) -> Callable[..., Job]:
 class Sealed:
     folder: Path
     digest: str
+
+
+def refer(id: str, dataset: Sealed, format: str, field_map: dict[str, str]) -> DatasetRef:
+    folder, name = str(dataset.folder), f"data-{id}"
+    return DatasetRef(id=id, name=name, format=format, digest=dataset.digest, path=folder, field_map=field_map)
 
 
 def seal(folder: Path, rows: list[dict]) -> Sealed:

@@ -69,6 +69,36 @@ def test_an_outcome_of_an_earlier_attempt_is_removed(make_job):
     assert not job.paths.outcome.exists()
 
 
+def test_a_success_of_an_earlier_attempt_is_kept(make_job):
+    job = make_job()
+    job.prepare()
+    assert job.train_here() == 0
+    before = job.paths.outcome.read_bytes()
+    job.paths.prepared.unlink()
+    job.prepare()
+    assert job.paths.outcome.read_bytes() == before and not job.paths.prepared.exists()
+
+
+def test_the_plan_is_for_the_processes_that_will_run(make_job, monkeypatch):
+    job = make_job(world=2)
+    job.prepare()
+    assert Plan.load(job.paths.plan).world_size == 2
+    monkeypatch.setenv("TFSLURM_WORLD_SIZE", "3")
+    job.prepare()
+    assert Plan.load(job.paths.plan).world_size == 3
+
+
+def test_attempts_that_came_to_nothing_are_not_repeated_for_ever(make_job, monkeypatch):
+    job = make_job()
+    monkeypatch.setenv("TFSLURM_BARREN_ATTEMPTS", "2")
+    for attempt, code in enumerate((0, 0, 5)):
+        monkeypatch.setenv("TFSLURM_ATTEMPT", str(attempt))
+        assert main([str(job.paths.folder)]) == code
+    outcome = read_json(job.paths.outcome)
+    assert (outcome["result"], outcome["attempt"]) == ("failed", 2)
+    assert "2 attempts in a row ended before they had saved anything" in outcome["error"]
+
+
 def test_two_jobs_may_prepare_the_same_dataset_at_once(make_job):
     jobs = [make_job("one"), make_job("two")]
     command = [sys.executable, "-m", "tfslurm.training.prepare"]

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import dataclasses
 import json
+import shutil
 import threading
 import time
 
+import msgspec
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -11,6 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tfslurm.files import read_json
+from tfslurm.paths import JobPaths
 from tfslurm.training.plan import Plan
 from tfslurm.training.schedule import learning_rate
 
@@ -116,7 +120,8 @@ def test_two_processes_train_as_one_does_and_the_job_folder_is_whole(make_job):
     outcome, progress = read_json(two.paths.outcome), read_json(two.paths.progress)
     assert outcome["result"] == "succeeded" and outcome["steps"] == 3 and outcome["examples"] == 20
     assert outcome["final_loss"] == two.losses[-1] and outcome["peak_memory_bytes"] > 1e6
-    assert progress.keys() == {"step", "steps", "epoch", "loss", "tokens_per_second", "eta_seconds", "at"}
+    told = {"step", "steps", "epoch", "loss", "tokens_per_second", "eta_seconds", "validation_loss", "at"}
+    assert progress.keys() == told
     assert progress["step"] == progress["steps"] == 3 and progress["eta_seconds"] == 0
     assert two.metrics[0].keys() >= {"step", "epoch", "loss", "learning_rate", "grad_norm", "supervised_tokens", "at"}
     assert set(outcome["adapter"]["files"]) == {path.name for path in two.paths.adapter.iterdir()}
@@ -224,20 +229,40 @@ def test_two_processes_agree_to_stop(make_job):
     job.prepare()
     job.paths.stop.touch()
     job.train(2)
-    assert read_json(job.paths.outcome) == {"result": "stopped", "step": 0}
+    assert read_json(job.paths.outcome) == {"result": "stopped", "step": 0, "attempt": 0}
     assert not job.paths.adapter.exists()
+
+
+def test_a_failure_in_another_process_names_its_log(make_job):
+    """The base model is gone for the second of two processes only."""
+    job = make_job(world=2)
+    job.prepare()
+    broken = job.config.base_model.path
+    config = msgspec.structs.replace(job.config.base_model, path=f"{broken}-gone")
+    other = JobPaths(job.paths.folder.with_name("other"))
+    shutil.copytree(job.paths.folder, other.folder)
+    other.config.chmod(0o644)
+    other.config.write_bytes(msgspec.structs.replace(job.config, base_model=config).encode())
+    shutil.rmtree(other.folder / "logs", ignore_errors=True)
+    port = job.free_port()
+    waiting, failing = job.start(0, 2, port), dataclasses.replace(job, paths=other).start(1, 2, port)
+    assert failing.wait(120) == 5
+    waiting.kill()  # as the batch script does
+    for process in (waiting, failing):
+        process.communicate()
+    assert read_json(other.outcome)["error"].endswith("see logs/attempt-0.rank-1.log")
+    assert "base model tiny in" in other.rank_log(0, 1).read_text()
 
 
 def test_killing_a_process_leaves_no_outcome_and_no_adapter(make_job):
     job = make_job(epochs=2000)
     job.prepare()
     job.paths.outcome.write_text(json.dumps({"result": "failed", "error": "an earlier attempt"}))
-    process = job.start(0, 1, 29999)
+    process = job.start(0, 1, job.free_port())
     while not job.paths.progress.exists() and process.poll() is None:
         time.sleep(0.05)
     process.kill()
     assert process.wait() == -9
-    process.stdout.close()
     assert not job.paths.outcome.exists() and not job.paths.adapter.exists()
 
 

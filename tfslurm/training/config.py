@@ -7,7 +7,7 @@ from pathlib import Path
 import msgspec
 
 from tfslurm.artifacts.references import BaseModelRef, DatasetRef
-from tfslurm.settings import Trainer
+from tfslurm.settings import MlflowSite, Trainer, TrainingSite, WandbSite
 
 
 class Hyperparameters(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -33,6 +33,18 @@ class Processes(msgspec.Struct, frozen=True, kw_only=True):
         return self.nodes * self.per_node
 
 
+class Trackers(msgspec.Struct, frozen=True, kw_only=True):
+    """Where metrics go besides the job's folder: the names of those that are used, and what each is told."""
+
+    use: tuple[str, ...] = ()
+    wandb: WandbSite = WandbSite()
+    mlflow: MlflowSite = MlflowSite()
+
+    @classmethod
+    def of(cls, site: TrainingSite) -> Trackers:
+        return cls(use=site.trackers, wandb=site.wandb, mlflow=site.mlflow)
+
+
 class TrainingConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Everything that the trainer reads; written once, read-only, when the job is created."""
 
@@ -41,10 +53,14 @@ class TrainingConfig(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     base_model: BaseModelRef
     dataset: DatasetRef
+    validation_dataset: DatasetRef | None = None
+    """What the loss is measured on, and the best step chosen by; where there is none, the trainer's
+    `validation_split` may take some rows of the dataset for it."""
     hyperparameters: Hyperparameters
     seed: int = 0
     processes: Processes = Processes()
     trainer: Trainer = Trainer()
+    trackers: Trackers = Trackers()
     tokens: str
     """The folder in which tokenized datasets are cached."""
 

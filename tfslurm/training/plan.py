@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +23,8 @@ class Plan:
     """
 
     world_size: int
+    capacity: int
+    """Tokens a micro-batch; only an example that is longer by itself is more."""
     epoch: np.ndarray
     """int32 [steps], the first epoch being 1."""
     tokens: np.ndarray
@@ -65,7 +67,26 @@ class Plan:
     def load(cls, path: Path) -> Plan:
         with np.load(path, allow_pickle=False) as arrays:
             values = {field.name: arrays[field.name] for field in fields(cls)}
-        return cls(**values | {"world_size": int(values["world_size"])})
+        return cls(**values | {name: int(values[name]) for name in ("world_size", "capacity")})
+
+    def repacked(self, lengths: np.ndarray, capacity: int) -> Plan:
+        """The same steps of the same examples, in micro-batches of at most `capacity` tokens.
+
+        `lengths` are those of all rows of the token file, after truncation; int64 [rows].
+        """
+        bins, counts = [], []
+        for step in range(self.steps):
+            chosen = self.examples_of(step)
+            packed = pack_evenly(lengths[chosen].tolist(), capacity, self.world_size)
+            bins += [chosen[items] for items in packed]
+            counts.append(len(packed) // self.world_size)
+        return replace(
+            self,
+            capacity=capacity,
+            micro_offsets=_offsets(counts),
+            bin_offsets=_offsets([len(items) for items in bins]),
+            examples=np.concatenate(bins).astype(np.int64),
+        )
 
 
 def make_plan(
@@ -106,6 +127,7 @@ def make_plan(
     starts = bin_offsets[micro_offsets[:-1] * world_size]
     return Plan(
         world_size=world_size,
+        capacity=capacity,
         epoch=np.array(epoch_of, dtype=np.int32),
         tokens=np.add.reduceat(lengths[flat], starts),
         supervised=np.add.reduceat(supervised[flat], starts),

@@ -24,6 +24,25 @@ class Rows(msgspec.Struct, kw_only=True):
             self.first = [*self.first, row]
 
 
+class PreparedValidation(msgspec.Struct, frozen=True, kw_only=True):
+    """What the loss is measured on: one pass over it, after each of the steps `points`.
+
+    Rows are left out of a validation dataset as of one that is trained on.
+    """
+
+    tokens: str
+    """The token file."""
+    plan: str
+    points: list[int]
+    """The steps after which it is measured, the first being 1; the last is the run's last."""
+    rows: int
+    token_count: int
+    supervised_count: int
+    truncated: Rows
+    dropped: Rows
+    rejected: dict[str, Rows]
+
+
 class Prepared(msgspec.Struct, frozen=True, kw_only=True):
     """The plan in figures. `examples` and the counts of tokens are over all epochs."""
 
@@ -43,6 +62,7 @@ class Prepared(msgspec.Struct, frozen=True, kw_only=True):
     dropped: Rows
     rejected: dict[str, Rows]
     """By reason: what the tokenizer or the chat template could make nothing of."""
+    validation: PreparedValidation | None = None
 
     def write(self, path: Path) -> None:
         write_atomic(path, msgspec.json.format(msgspec.json.encode(self), indent=2) + b"\n")

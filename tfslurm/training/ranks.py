@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 
 from tfslurm.errors import ConfigurationError
 
@@ -49,6 +51,32 @@ class Rank:
         environment.update(RANK=str(self.rank), WORLD_SIZE=str(self.world_size), LOCAL_RANK=str(self.local))
         if self.world_size == 1:
             environment["MASTER_ADDR"], environment["MASTER_PORT"] = "127.0.0.1", str(_free_port())
+
+
+def attempt_number(environment: Mapping[str, str]) -> int:
+    """Which start of the job this is, as the batch script counts them: the first is 0."""
+    return int(environment.get("TFSLURM_ATTEMPT", 0))
+
+
+def planned_processes(environment: Mapping[str, str], configured: int) -> int:
+    """How many processes the batch script will start: an attempt may run on another instance than was configured."""
+    return int(environment.get("TFSLURM_WORLD_SIZE", configured))
+
+
+def usable_threads(environment: Mapping[str, str], configured: int) -> int:
+    """CPU threads a process, as the batch script sets them for the instance that really runs it."""
+    return int(environment.get("OMP_NUM_THREADS", configured))
+
+
+def redirect_output(path: Path) -> None:
+    """Let everything that this process prints go to the end of `path`, also what libraries in C print."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.close(descriptor)
 
 
 def _free_port() -> int:

@@ -64,6 +64,11 @@ def _metadata(config: TrainingConfig, outcome: Succeeded) -> dict[str, Any]:
         "examples": outcome.examples,
         "tokens": outcome.tokens,
         "final_loss": outcome.final_loss,
+        "validation_dataset": config.validation_dataset and config.validation_dataset.id,
+        "validation_dataset_digest": config.validation_dataset and config.validation_dataset.digest,
+        "validation_loss": outcome.validation_loss,
+        "best_step": outcome.best_step,
+        "final_validation_loss": outcome.final_validation_loss,
     }
 
 

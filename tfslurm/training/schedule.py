@@ -1,4 +1,4 @@
-"""The learning rate at each step."""
+"""What is done at which step: the learning rate of each, and the validation after some."""
 
 from __future__ import annotations
 
@@ -17,3 +17,9 @@ def learning_rate(step: int, steps: int, *, peak: float, warmup_ratio: float) ->
         return peak * step / (warmup + 1)
     progress = (step - warmup - 1) / (steps - warmup)
     return peak * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def validation_points(steps: int, count: int) -> list[int]:
+    """The steps after which the loss on the validation rows is measured: at even distances, the last always one."""
+    count = min(count, steps)
+    return [math.ceil(steps * point / count) for point in range(1, count + 1)]
