@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from typing import Any
 import pytest
 
 MODEL = "smollm2-135m-instruct"
+
+TOP = Path(__file__).parents[2]
 
 INSTANCES = """
 instances:
@@ -34,9 +37,19 @@ class Site:
     config: Path
     root: Path
 
-    def __call__(self, *arguments: str, expect: int = 0, timeout: float = 600) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "tfslurm", "--config", str(self.config), *arguments]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
+    def command(self, *arguments: str) -> list[str]:
+        return [sys.executable, "-m", "tfslurm", "--config", str(self.config), *arguments]
+
+    def start(self, *arguments: str, **environment: str) -> subprocess.Popen[str]:
+        """The command line as a process that goes on by itself."""
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "stdin": subprocess.DEVNULL}
+        return subprocess.Popen(self.command(*arguments), text=True, env=os.environ | environment, **pipes)
+
+    def __call__(
+        self, *arguments: str, expect: int = 0, timeout: float = 600, **environment: str
+    ) -> subprocess.CompletedProcess[str]:
+        environ = os.environ | environment
+        done = subprocess.run(self.command(*arguments), capture_output=True, text=True, timeout=timeout, env=environ)
         assert done.returncode == expect, f"{arguments}: exit {done.returncode}\n{done.stdout}\n{done.stderr}"
         return done
 
@@ -53,13 +66,19 @@ def python_of(environment: str) -> str:
     return python
 
 
-def make_site(folder: Path) -> Site:
-    """Initialised, with the real model staged and a ready dataset, `chats`."""
+def real_model() -> str:
     model = os.environ.get("TFSLURM_TEST_MODEL")
     if not model:
         pytest.skip("no staged model: TFSLURM_TEST_MODEL is not set (scripts/test)")
+    return model
+
+
+def make_site(folder: Path, **more: Any) -> Site:
+    """Initialised, with `more` settings of site.yaml; no base model and no dataset is there yet."""
     config = folder / "site.yaml"
-    environments = {"core": sys.executable, "train": python_of("train"), "serve": python_of("serve")}
+    environments = more.get("environments") or {
+        "core": sys.executable, "train": python_of("train"), "serve": python_of("serve")
+    }  # fmt: skip
     settings = {
         "root": str(folder / "root"),
         "environments": environments,
@@ -68,12 +87,18 @@ def make_site(folder: Path) -> Site:
         "serving": {"instance": "reserved", "max_context": 512},
         "imports": {"instance": "copy"},
     }
-    config.write_text(json.dumps(settings))
+    config.write_text(json.dumps(settings | more))
     config.with_name("instances.yaml").write_text(INSTANCES)
     site = Site(config, folder / "root")
     site("init")
-    site("model", "add", MODEL, "--path", model)
     return site
+
+
+def add_dataset(site: Site, name: str, rows: str) -> None:
+    site("dataset", "create", name, "--format", "conversational")
+    folder = Path(site("dataset", "path", name).stdout.strip())
+    (folder / "rows.jsonl").write_text(rows)
+    site("dataset", "seal", name)
 
 
 def conversations(count: int = 12) -> str:
@@ -100,12 +125,31 @@ def cluster() -> None:
 
 @pytest.fixture(scope="module")
 def site(cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Site:
+    model = real_model()
     site = make_site(tmp_path_factory.mktemp("site"))
-    site("dataset", "create", "chats", "--format", "conversational")
-    folder = Path(site("dataset", "path", "chats").stdout.strip())
-    (folder / "chats.jsonl").write_text(conversations())
-    site("dataset", "seal", "chats")
+    site("model", "add", MODEL, "--path", model)
+    add_dataset(site, "chats", conversations())
     return site
+
+
+def devcluster(*words: str) -> None:
+    """`scripts/devcluster WORDS`, on the cluster of these tests."""
+    done = subprocess.run([TOP / "scripts" / "devcluster", *words], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+def slurm(*command: str) -> str:
+    """What one of Slurm's own commands says."""
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout.strip()
+
+
+def wait_until(met: Callable[[], Any], what: str, timeout: float = 120) -> Any:
+    """What `met` returns, once that is true."""
+    deadline = time.monotonic() + timeout
+    while not (value := met()):
+        assert time.monotonic() < deadline, f"{what}: not within {timeout:g} s"
+        time.sleep(0.2)
+    return value
 
 
 def sacct(job_id: str, fields: str, *, ended: bool = False) -> list[str]:

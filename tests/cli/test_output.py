@@ -28,11 +28,12 @@ KEYS = {
 
 MORE = {
     "dataset": "field_map source deleted_at reclaimed_at progress",
-    "job": "kind seed location slurm_state slurm_reason estimated_start nodes sweep usage log_tail",
+    "job": "kind seed location slurm_state slurm_reason estimated_start nodes sweep usage log_tail "
+    "validation_dataset validation_loss best_step final_validation_loss",
     "checkpoint": "owner created_at deleted_at reclaimed_at",
     "endpoint": "kind base_model slurm_state slurm_reason estimated_start nodes error log_tail started_at ended_at",
     "artifact": "owner created_at deleted_at reclaimed_at",
-    "lineage": "",
+    "lineage": "validation_dataset",
 }
 
 

@@ -112,17 +112,20 @@ def line(*fields):
 
 
 def test_the_queue_is_read_field_by_field(command, slurm):
-    waits = line("7", "PENDING", "Resources", "1767323045", "0", "", "u-1")
-    runs = line("8_3", "RUNNING", "None", "1767323045", "2", "n[1-2]", "u|2")
-    command("squeue", f"printf '%s\\n' '{waits}' '{runs}'")
-    entries = slurm.queue(["7", "8_3"])
+    waits = line("7", "PENDING", "Resources", "1767323045", "0", "", "0", "u-1")
+    runs = line("8_3", "RUNNING", "None", "1767323045", "2", "n[1-2]", "0", "u|2")
+    failed = line("9", "FAILED", "NonZeroExitCode", "1767323045", "0", "n1", "768", "u-3")
+    killed = line("10", "FAILED", "JobLaunchFailure", "1767323045", "0", "n1", "9", "u-4")
+    command("squeue", f"printf '%s\\n' '{waits}' '{runs}' '{failed}' '{killed}'")
+    entries = slurm.queue(["7", "8_3", "9", "10"])
+    assert (entries["9"].exit_code, entries["10"].exit_code) == ("3:0", "0:9")
     assert (entries["7"].state, entries["7"].reason, entries["7"].nodes) == ("PENDING", "Resources", "")
     assert (entries["8_3"].name, entries["8_3"].nodes, entries["8_3"].restarts) == ("u|2", "n[1-2]", 2)
     assert entries["8_3"].start == datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 
 
 def test_tasks_that_wait_together_are_told_one_by_one(command, slurm):
-    command("squeue", f"echo '{line('8_[0-1,4,10-14:2%3]', 'PENDING', 'Priority', 'N/A', '0', '', 'u-1')}'")
+    command("squeue", f"echo '{line('8_[0-1,4,10-14:2%3]', 'PENDING', 'Priority', 'N/A', '0', '', '0', 'u-1')}'")
     entries = slurm.queue(["8_0"])
     assert list(entries) == ["8_0", "8_1", "8_4", "8_10", "8_12", "8_14"]
     assert entries["8_4"].start is None
@@ -290,6 +293,15 @@ def test_a_test_of_a_script_says_what_slurm_thinks(command, script, slurm):
     command("sbatch", "sleep 20")
     with pytest.raises(SlurmUnreachable):
         Slurm(timeout=0.2).test(script)
+
+
+def test_a_script_that_may_have_to_wait_for_drained_nodes_is_not_refused(command, script, slurm):
+    command("sbatch", "echo 'allocation failure: Requested node configuration is not available' >&2; exit 1")
+    command("sinfo", "[[ $* != *states=* ]] || echo 'n[1-2]'")
+    assert slurm.test(script) == "Slurm cannot tell when it starts: n[1-2] are down or drained"
+    command("sinfo", "true")
+    with pytest.raises(SlurmRefused, match="Requested node configuration is not available"):
+        slurm.test(script)
 
 
 @pytest.mark.usefixtures("accounts")

@@ -167,6 +167,11 @@ def test_an_end_is_explained_by_the_scripts_own_record(see, entry, left):
     assert (seen.fate, seen.exit_code, seen.reason) == (Fate.FAILED, 3, "exit code 3")
 
 
+def test_a_script_that_was_killed_and_could_not_say_so_has_the_code_of_its_signal(see, entry):
+    assert see(queue=[entry("FAILED", "JobLaunchFailure", exit_code="0:9")]).exit_code == 137
+    assert see(accounting=[entry("FAILED", exit_code="3:0")]).exit_code == 3
+
+
 def test_a_record_of_an_attempt_before_is_not_this_ones_end(see, entry, left):
     left(started=1, exited=0, code=75)
     seen = see(accounting=[entry("NODE_FAIL", exit_code="0:0")])

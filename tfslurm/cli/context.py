@@ -36,9 +36,9 @@ class Context:
     def refreshed(self) -> Settings:
         """Open the catalog and bring it up to date; says so on stderr where that was not possible."""
         settings = self.open()
-        from tfslurm.catalog.queries import submissions_alive
+        from tfslurm.catalog.queries import launchers_alive, unaccounted
 
-        if submissions_alive():
+        if launchers_alive() or unaccounted(limit=1):
             from tfslurm.sync import refresh
 
             summary = refresh(settings)

@@ -40,7 +40,7 @@ TRANSIENT = (
 OVERRIDING = ("SBATCH_", "SQUEUE_", "SACCT_", "SCANCEL_", "SINFO_")
 """Variables that would change what the commands are asked; sbatch prefers them to a script's own lines."""
 
-QUEUE_FIELDS = "JobArrayID:64|,State:24|,Reason:160|,StartTime:16|,RestartCnt:8|,NodeList:256|,Name:64|"
+QUEUE_FIELDS = "JobArrayID:64|,State:24|,Reason:160|,StartTime:16|,RestartCnt:8|,NodeList:256|,exit_code:8|,Name:64|"
 """squeue pads each to this width; its other notation, --format, has no restarts."""
 ACCOUNT_FIELDS = "JobID,State,Reason,NodeList,Start,ExitCode,JobName"
 USAGE_FIELDS = "JobID,State,Submit,Start,End,ElapsedRaw,AllocTRES,MaxRSS,NodeList"
@@ -70,6 +70,7 @@ class QueueEntry:
     start: datetime | None = None
     """When it started; while it waits, Slurm's estimate."""
     exit_code: str = ""
+    """Of its script, and the signal that ended it: 0:9."""
     restarts: int = 0
 
 
@@ -153,13 +154,25 @@ class Slurm:
         Raises SlurmRefused in Slurm's own words where it would not take it: for its partition, account, QOS and
         their limits, array, node configuration, reservation. What exceeds a partition's time limit sbatch takes by
         default, and it then waits for ever: that is found here. A reservation that ends before the job's time is
-        up is told: the job would end with it. Raises SlurmUnreachable as `run` does.
+        up is told: the job would end with it. While nodes are down or drained sbatch makes no difference between
+        what waits for them and what no node can be, which is told too. Raises SlurmUnreachable as `run` does.
         """
         lines = re.findall(r'^#SBATCH --(time|partition|reservation)="?([^"\n]*)', script.read_text(), re.MULTILINE)
         asked = dict(lines)
         self._check_time(asked)
-        said = self._run(["sbatch", "--test-only", str(script)]).stderr
+        try:
+            said = self._run(["sbatch", "--test-only", str(script)]).stderr
+        except SlurmRefused as error:
+            away = "configuration is not available" in error.message and self._nodes_away()
+            if not away:
+                raise
+            return f"Slurm cannot tell when it starts: {away} are down or drained"
         return " ".join(said.replace("sbatch:", "").split()) + self._reservation_ends(asked)
+
+    def _nodes_away(self) -> str:
+        """The nodes that are not there for a time, as Slurm writes them: n[1-2]."""
+        said = self.run("sinfo", "--noheader", "--states=down,drain,fail,maint", "--format=%N")
+        return ",".join(said.split())
 
     def _check_time(self, asked: dict[str, str]) -> None:
         wanted = walltime.seconds(asked.get("time", ""))
@@ -306,7 +319,7 @@ class Slurm:
 
 
 def _queued(line: str) -> QueueEntry:
-    job_id, state, reason, start, restarts, nodes, name = (part.strip() for part in line.split("|", 6))
+    job_id, state, reason, start, restarts, nodes, code, name = (part.strip() for part in line.split("|", 7))
     return QueueEntry(
         job_id=job_id,
         name=name.removesuffix("|").rstrip(),
@@ -314,6 +327,7 @@ def _queued(line: str) -> QueueEntry:
         reason=reason,
         nodes=_nodes(nodes),
         start=_time(start),
+        exit_code=f"{int(code) >> 8}:{int(code) & 127}" if code.isdigit() else code,  # it is as wait(2) has it
         restarts=int(restarts) if restarts.isdigit() else 0,
     )
 

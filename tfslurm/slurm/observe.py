@@ -168,19 +168,26 @@ def _cancelled_alone(settings: Settings, submission: Submission) -> Observation 
 def _translate(settings: Settings, submission: Submission, entry: QueueEntry, queued: bool) -> Observation:
     """Slurm's word for it; how the script ended, the script itself knows better than squeue."""
     what, reason = explain(entry.job_id, entry.state, entry.reason, fate(entry.state))
-    code = entry.exit_code.partition(":")[0]
     seen = Observation(
         fate=what,
         reason=reason,
         state=entry.state,
         nodes=entry.nodes,
         estimated_start=entry.start if what in (Fate.WAITING, Fate.HELD) else None,
-        exit_code=int(code) if code.isdigit() else None,
+        exit_code=_exit_code(entry),
         restarts=entry.restarts,
         queued=queued,
     )
     own = exit_record(settings, submission) if what.ended else None
     return replace(seen, reason=reason or own.reason, exit_code=own.exit_code) if own else seen
+
+
+def _exit_code(entry: QueueEntry) -> int | None:
+    """As a shell has it: a script that was killed by a signal could not say so itself."""
+    code, _, number = entry.exit_code.partition(":")
+    if not code.isdigit():
+        return None
+    return 128 + int(number) if number.isdigit() and int(number) and not int(code) else int(code)
 
 
 def _forgotten(settings: Settings, submission: Submission, unanswered: bool) -> Observation:
