@@ -155,6 +155,20 @@ def test_a_job_that_left_in_time_goes_on(installation, job, seen, slurm):
     assert "attempt 1: saved its state and left" in queries.events_of(job.id)[-1].reason
 
 
+def test_a_job_that_was_preempted_before_its_first_step_goes_on(installation, job, seen, slurm):
+    seen(RUNS)
+    installation.write_outcome(job, Suspended(step=0, steps_made=0))
+    assert seen(Observation(Fate.PREEMPTED, "", "PREEMPTED")).status == "pending"
+
+
+def test_a_job_that_left_in_time_without_having_made_a_step_does_not(installation, job, seen, slurm):
+    seen(RUNS)
+    installation.write_outcome(job, Suspended(step=0, steps_made=0))
+    row = seen(Observation(Fate.FAILED, "", "FAILED", exit_code=76))
+    assert (row.status, slurm()) == ("error", [])
+    assert row.error.startswith("no progress within the time limit")
+
+
 def test_a_dead_node_is_excluded_from_the_next_attempt(installation, job, seen, slurm):
     seen(RUNS)
     row = seen(DEAD_NODE)

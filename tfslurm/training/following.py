@@ -140,7 +140,7 @@ def _go_on(settings: Settings, job: Job, submission: Submission, seen: Observati
     reason = "saved its state and left" if isinstance(outcome, Suspended) else describe(seen)
     last = max(job.attempt, submission.attempt)
     barren = last - _last_that_saved(paths)
-    if isinstance(outcome, Suspended) or seen.fate is Fate.TIMEOUT:
+    if seen.fate is Fate.TIMEOUT or seen.fate not in INTERRUPTED:  # it left in time, or did not get to it
         if barren:
             hint = "give it an instance with more time, or a smaller effective batch"
             return _to_error(job, submission, f"no progress within the time limit: {hint}")
