@@ -136,13 +136,17 @@ def test_a_walltime_without_progress_ends_the_job(installation, job, seen, slurm
     assert slurm() == []
 
 
-def test_the_second_walltime_in_a_row_needs_progress_of_its_own(installation, job, seen, slurm):
+def test_a_job_that_got_somewhere_may_come_to_nothing_within_the_time_limit_for_once(installation, job, seen, slurm):
     seen(RUNS)
     save_state(installation, job, attempt=0)
-    seen(WALLTIME)
-    start_again(installation, job, 1)
-    seen(RUNS)
-    assert seen(WALLTIME).status == "error"
+    statuses = []
+    for attempt in range(1, 5):
+        statuses.append(seen(WALLTIME).status)
+        start_again(installation, job, attempt)
+        seen(RUNS)
+    assert statuses == ["pending", "pending", "pending", "error"]
+    error = queries.find_job(job.id).error
+    assert "attempts in a row that came to nothing: 3; give it an instance with more time" in error
 
 
 def test_a_job_that_left_in_time_goes_on(installation, job, seen, slurm):

@@ -29,6 +29,9 @@ INTERRUPTED = frozenset({Fate.TIMEOUT, Fate.INFRASTRUCTURE, Fate.PREEMPTED, Fate
 """What ends an attempt from outside on a cluster, through no fault of the job's."""
 
 
+MORE_TIME = "give it an instance with more time, or a smaller effective batch"
+
+
 def follow(settings: Settings, job: Job, submission: Submission, seen: Observation) -> bool:
     """Move the job to where its run is; once more changes nothing. Whether it goes on as before."""
     paths = settings.root.job(job.id)
@@ -140,12 +143,12 @@ def _go_on(settings: Settings, job: Job, submission: Submission, seen: Observati
     reason = "saved its state and left" if isinstance(outcome, Suspended) else describe(seen)
     last = max(job.attempt, submission.attempt)
     barren = last - _last_that_saved(paths)
-    if seen.fate is Fate.TIMEOUT or seen.fate not in INTERRUPTED:  # it left in time, or did not get to it
-        if barren:
-            hint = "give it an instance with more time, or a smaller effective batch"
-            return _to_error(job, submission, f"no progress within the time limit: {hint}")
-    elif barren >= settings.site.slurm.barren_attempts:
-        return _to_error(job, submission, f"{reason}; attempts in a row that came to nothing: {barren}")
+    walltime = seen.fate is Fate.TIMEOUT or seen.fate not in INTERRUPTED  # it left in time, or did not get to it
+    if walltime and barren > last:
+        return _to_error(job, submission, f"no progress within the time limit: {MORE_TIME}")
+    if barren >= settings.site.slurm.barren_attempts:
+        hint = f"; {MORE_TIME}" if walltime else ""
+        return _to_error(job, submission, f"{reason}; attempts in a row that came to nothing: {barren}{hint}")
     try:
         size = settings.instance(job.instance, "training")
     except (InvalidError, NotFoundError) as error:
