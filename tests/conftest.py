@@ -37,13 +37,6 @@ CONVERSATION = '{"messages": [{"role": "user", "content": "hi"}, {"role": "assis
 MODEL = "tiny"
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Several workers take turns file by file; the one dev cluster is one worker's alone."""
-    for item in items:
-        group = "slurm" if item.get_closest_marker("slurm") else item.nodeid.partition("::")[0]
-        item.add_marker(pytest.mark.xdist_group(group))
-
-
 @dataclass
 class Installation:
     """A storage root with its catalog and its own configuration; `here` is the local instance."""

@@ -15,6 +15,11 @@ from typing import Any
 
 import pytest
 
+faults_wanted = pytest.mark.skipif(
+    not os.environ.get("TFSLURM_TEST_FAULTS"),
+    reason="takes five minutes of killed daemons and needs a quiet machine: set TFSLURM_TEST_FAULTS=1",
+)
+
 MODEL = "smollm2-135m-instruct"
 
 TOP = Path(__file__).parents[2]

@@ -24,10 +24,10 @@ import pytest
 
 from tfslurm.files import read_json
 
-from .conftest import TOP, Site, conversations, devcluster, slurm, wait_until
+from .conftest import TOP, Site, conversations, devcluster, faults_wanted, slurm, wait_until
 from .slow_jobs import STEPS, STOP_TIMEOUT, Run, make_slow_site, words
 
-pytestmark = [pytest.mark.slurm, pytest.mark.train]
+pytestmark = [pytest.mark.slurm, pytest.mark.train, faults_wanted]
 
 LEAVES = int(os.environ.get("TFSLURM_TEST_LEAVES", 1))
 """How often the job of three minutes leaves at its walltime of one, before it hurries; with 9 it never does."""

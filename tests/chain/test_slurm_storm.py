@@ -21,9 +21,9 @@ from typing import Any
 import pytest
 import yaml
 
-from .conftest import Site, add_dataset, conversations, make_site, slurm, wait_until
+from .conftest import Site, add_dataset, conversations, faults_wanted, make_site, slurm, wait_until
 
-pytestmark = pytest.mark.slurm
+pytestmark = [pytest.mark.slurm, faults_wanted]
 
 SECONDS = float(os.environ.get("TFSLURM_STORM", 20))
 
