@@ -106,7 +106,8 @@ def eventually(until):
 
 
 def test_a_job_runs_once_and_is_seen_from_its_start_to_its_end(site, eventually):
-    body = "touch $folder/running; sleep 1.5; until [[ -e $folder/go ]]; do sleep 0.1; done"  # accounting counts seconds
+    # Accounting counts whole seconds.
+    body = "touch $folder/running; sleep 1.5; until [[ -e $folder/go ]]; do sleep 0.1; done"
     row, paths = site.submit(site.configure(body))
     eventually((paths.folder / "running").exists)
     seen = site.see(row)
