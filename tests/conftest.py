@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -35,6 +36,12 @@ REPOSITORY = Path(__file__).parents[1]
 CONVERSATION = '{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]}\n'
 
 MODEL = "tiny"
+
+
+@pytest.fixture(autouse=True, scope="session")
+def interruptible() -> None:
+    """A shell's background processes ignore SIGINT, and so would every command that the tests start."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @dataclass

@@ -30,7 +30,7 @@ pytestmark = [
 
 LONG_AGO = now() - timedelta(hours=1)
 
-WAIT = 90.0
+WAIT = 200.0
 """Seconds: a requeued job waits for as long as a credential lives."""
 
 
